@@ -1,0 +1,179 @@
+"""What `load_model` takes, how it takes our own models back, and what it says to anything else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.checkpoints.parity import assert_same, images, randomize
+from vit_probe.checkpoints import Checkpoint, load_model
+from vit_probe.config import ResNetConfig, ViTConfig
+from vit_probe.errors import InputError
+from vit_probe.images import Preprocessing
+from vit_probe.vit import VisionTransformer
+
+TINY = ViTConfig(image_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=7)
+
+OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "no class token": ({"class_token": False, "pooling": "avg"}, {}),
+    "no class token, pooled before the norm": ({"class_token": False, "pooling": "avg", "norm_pooled": True}, {}),
+    "registers": ({"num_registers": 3, "position_prefix": 1}, {}),
+    "distilled": ({"distillation_token": True, "pooling": "distilled"}, {}),
+    "both pooled": ({"pooling": "token+avg"}, {}),
+    "no positions": ({"position": "none"}, {"position": "none", "image_size": 48}),
+    "rows and columns": ({"position": "learned_2d", "image_size": (32, 72)}, {}),
+    "sines": ({"position": "sincos_2d"}, {"position": "sincos_2d"}),
+    "qk norm, layer scale, SwiGLU": ({"qk_norm": True, "layer_scale": 0.1, "activation": "swiglu"}, {}),
+    "pre-norm without patch bias": ({"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}, {}),
+    "hybrid": ({"stem": ResNetConfig((1, 1), width=32), "patch_size": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kind", OWN)
+def test_our_own_models_come_back(kind: str, suffix: str, tmp_path: Path) -> None:
+    changes, overrides = OWN[kind]
+    model = randomize(VisionTransformer(replace(TINY, **changes)))
+    path = tmp_path / f"own{suffix}"
+    save_file(model.state_dict(), path) if suffix == ".safetensors" else torch.save(model.state_dict(), path)
+    loaded = load_model(path, num_heads=4, **overrides)
+    assert not loaded.training
+    # LayerScale's initial value is gone with training; nothing depends on it any more.
+    assert replace(loaded.config, layer_scale=model.config.layer_scale) == model.config
+    for size in ((48, 48), (32, 72)):
+        with torch.no_grad():
+            assert_same(loaded(images(*size)), model(images(*size)), tolerance=1e-12)
+
+
+def test_name_and_preprocessing_go_along(tmp_path: Path) -> None:
+    save_file(VisionTransformer(TINY).state_dict(), tmp_path / "mine.safetensors")
+    assert VisionTransformer(TINY).name == "VisionTransformer"
+    loaded = load_model(str(tmp_path / "mine.safetensors"), num_heads=4)
+    assert (loaded.name, loaded.preprocessing) == ("mine.safetensors", None)
+    preprocessing = Preprocessing((48, 48), 55)
+    assert Checkpoint(TINY, VisionTransformer(TINY).state_dict(), preprocessing).build().preprocessing is preprocessing
+
+
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(VisionTransformer(TINY).state_dict(), tmp_path / "mine.safetensors")
+    assert load_model("~/mine.safetensors", num_heads=4).config == TINY
+
+
+def test_build_takes_overrides_and_leaves_out_the_head() -> None:
+    model = randomize(VisionTransformer(TINY))
+    built = Checkpoint(TINY, model.state_dict(), None).build(num_classes=0)
+    with torch.no_grad():
+        assert_same(built(images(48)), model.forward_features(images(48))[:, 0], tolerance=1e-12)
+    with pytest.raises(InputError, match="ViTConfig has no field layers, size"):
+        Checkpoint(TINY, model.state_dict(), None).build(size=3, layers=2)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"no checkpoint file or folder .*nothing\.pth; models of the hub are named hf:ORG/NAME"
+    ):
+        load_model(tmp_path / "nothing.pth")
+    with pytest.raises(InputError, match=r"the folder .* holds no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match=r"holds no weights; expected model\.safetensors or pytorch_model\.bin"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="holds a JSON list instead of an object"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match=r"type 'bert'; supported are vit, deit, dinov2"):
+        load_model(tmp_path)
+    (tmp_path / "notes.txt").write_text("weights")
+    with pytest.raises(InputError, match=r"notes\.txt is no checkpoint that can be read; known are \.npz, \.safetensors"):
+        load_model(tmp_path / "notes.txt")
+
+
+def test_unknown_layouts_name_what_is_supported(tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, tmp_path / "resnet.safetensors")
+    message = (
+        r"no Vision Transformer of a known layout \(timm's or our own, transformers', torchvision's\).*conv1\.weight, fc\.bias$"
+    )
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "resnet.safetensors")
+    torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pt")
+    with pytest.raises(InputError, match="holds no parameters by name"):
+        load_model(tmp_path / "empty.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(InputError, match="holds no parameters by name"):
+        load_model(tmp_path / "tensor.pt")
+
+
+class Exploit:
+    """Unpickling this would run a command."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.witness}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_never_run(zipped: bool, tmp_path: Path) -> None:
+    torch.save({"model": Exploit(tmp_path / "ran")}, tmp_path / "exploit.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        InputError, match=r"without running pickled code \((posix|nt)\.system\).*refused; save the model's state_dict"
+    ):
+        load_model(tmp_path / "exploit.pt")
+    torch.save(VisionTransformer(TINY), tmp_path / "module.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"pickled code \(vit_probe\.vit\.VisionTransformer\)"):
+        load_model(tmp_path / "module.pt")
+    state = {"model": VisionTransformer(TINY).state_dict(), "args": argparse.Namespace(lr=0.1)}
+    torch.save(state, tmp_path / "arguments.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"pickled code \(argparse\.Namespace\)"):
+        load_model(tmp_path / "arguments.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".npz"])
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "halved"])
+def test_damaged_files(suffix: str, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / f"damaged{suffix}"
+    state = VisionTransformer(TINY).state_dict()
+    if suffix == ".safetensors":
+        save_file(state, path)
+    elif suffix == ".npz":
+        np.savez(path, **{name.replace(".", "/"): value.numpy() for name, value in state.items()})
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == ".pt")
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "garbage": b"hello world" * 50, "truncated": whole[:-100], "halved": whole[: len(whole) // 2]}[damage]
+    )
+    with pytest.raises(InputError, match=r"is not a|is damaged") as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_byte_in_an_npz(tmp_path: Path) -> None:
+    np.savez(tmp_path / "bytes.npz", embedding=np.zeros(1000))
+    content = bytearray((tmp_path / "bytes.npz").read_bytes())
+    content[500] ^= 255
+    (tmp_path / "bytes.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"bytes\.npz is damaged and cannot be read"):
+        load_model(tmp_path / "bytes.npz")
+
+
+def test_a_folder_with_a_damaged_file_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_model(tmp_path)

@@ -1,0 +1,72 @@
+"""Our model against torchvision's own, with torchvision's weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.checkpoints.parity import assert_same, images, randomize
+from vit_probe.checkpoints import load_model
+from vit_probe.errors import InputError
+
+pytest.importorskip("torchvision")
+
+from torchvision.models import vit_b_16
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+
+def _tiny(image_size: int = 48, **arguments: Any) -> VisionTransformer:
+    sizes = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 96, "num_classes": 7}
+    return randomize(VisionTransformer(image_size=image_size, **(sizes | arguments)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("image_size", [24, 48, 64, 96])
+def test_agrees_with_torchvision(image_size: int, tmp_path: Path) -> None:
+    native = _tiny()
+    save_file(native.state_dict(), tmp_path / "tiny.safetensors")
+    theirs = _tiny(image_size)
+    theirs.load_state_dict(interpolate_embeddings(image_size, 8, copy.deepcopy(native.state_dict())))
+    ours = load_model(tmp_path / "tiny.safetensors", num_heads=4)
+    assert ours.config.image_size == (48, 48)
+    with torch.no_grad():
+        assert_same(ours(images(image_size)), theirs(images(image_size)))
+
+
+def test_the_published_base_size(tmp_path: Path) -> None:
+    theirs = randomize(vit_b_16(num_classes=10))
+    torch.save(theirs.state_dict(), tmp_path / "vit_b_16.pth")
+    ours = load_model(tmp_path / "vit_b_16.pth")
+    assert (ours.config.num_heads, ours.config.norm_eps) == (12, 1e-6)
+    with torch.no_grad():
+        assert_same(ours(images(224, batch=1)), theirs(images(224, batch=1)))
+    assert ours.preprocessing is not None
+    assert (ours.preprocessing.size, ours.preprocessing.resize) == ((224, 224), 256)
+    assert (ours.preprocessing.interpolation, ours.preprocessing.mean) == ("bilinear", (0.485, 0.456, 0.406))
+
+
+def test_the_first_releases_names_of_the_mlp(tmp_path: Path) -> None:
+    theirs = _tiny()
+    old = {
+        name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
+        for name, value in theirs.state_dict().items()
+    }
+    assert "encoder.layers.encoder_layer_0.mlp.linear_2.bias" in old
+    save_file(old, tmp_path / "old.safetensors")
+    with torch.no_grad():
+        assert_same(load_model(tmp_path / "old.safetensors", num_heads=4)(images(48)), theirs(images(48)))
+
+
+def test_a_representation_layer_can_be_left_out(tmp_path: Path) -> None:
+    theirs = _tiny(representation_size=16)
+    save_file(theirs.state_dict(), tmp_path / "pre_logits.safetensors")
+    with pytest.raises(InputError, match=r"hidden layer before the head \(heads\.pre_logits\).*pass num_classes=0"):
+        load_model(tmp_path / "pre_logits.safetensors", num_heads=4)
+    ours = load_model(tmp_path / "pre_logits.safetensors", num_heads=4, num_classes=0)
+    theirs.heads = torch.nn.Identity()
+    with torch.no_grad():
+        assert_same(ours(images(48)), theirs(images(48)))

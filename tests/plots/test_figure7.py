@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from vit_probe.plots import FORMATS, plot_figure7, save_figure
+
+
+@pytest.fixture
+def filters() -> NDArray[np.float64]:
+    return np.random.default_rng(0).normal(size=(28, 3, 14, 14))
+
+
+@pytest.fixture
+def similarity() -> NDArray[np.float64]:
+    table = np.random.default_rng(0).normal(size=(49, 5))
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    return (table @ table.T).reshape(7, 7, 7, 7)
+
+
+def test_three_panels_in_the_papers_order(
+    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
+) -> None:
+    figure = plot_figure7(filters, similarity, frame)
+    left, centre, right = figure.axes[:3]
+    assert left.get_title() == "RGB embedding filters\n(first 28 principal components)"
+    assert np.asarray(left.images[0].get_array()).shape == (59, 104, 3)
+    assert centre.get_title() == "Position embedding similarity"
+    assert centre.child_axes[0].get_ylabel() == "Cosine similarity"
+    assert right.get_xlabel() == "Network depth (layer)"
+    np.testing.assert_array_equal(right.collections[0].get_offsets(), frame[["layer", "distance"]])
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_nothing_is_cut_off_and_nothing_overlaps(
+    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame, with_table: bool
+) -> None:
+    figure = plot_figure7(filters, similarity if with_table else None, frame)
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in figure.axes[:3]]
+    for box in boxes:
+        assert box is not None
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
+    assert boxes[0].x1 <= boxes[1].x0
+    assert boxes[1].x1 <= boxes[2].x0
+    sizes = [
+        text.get_fontsize() for axes in figure.axes[:3] for text in (axes.title, axes.xaxis.label, *axes.get_yticklabels())
+    ]
+    assert min(sizes) >= 8
+
+
+def test_a_model_without_a_table_says_so(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
+    centre = plot_figure7(filters[:5], None, frame).axes[1]
+    assert centre.get_title() == "Position embedding similarity"
+    assert not centre.images
+    assert [text.get_text() for text in centre.texts] == ["This model has no table\nof position embeddings."]
+
+
+def test_the_title_counts_the_components(
+    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
+) -> None:
+    assert "first 5 principal" in plot_figure7(filters[:5], similarity, frame).axes[0].get_title()
+
+
+def test_draws_on_the_figure_it_is_given(
+    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
+) -> None:
+    figure = Figure(figsize=(10, 4))
+    assert plot_figure7(filters, similarity, frame, figure=figure) is figure
+    assert len(figure.axes) >= 3
+
+
+def test_the_sheet_is_saved_alike_every_time(
+    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    first = save_figure(plot_figure7(filters, similarity, frame), tmp_path / "first", FORMATS)
+    second = save_figure(plot_figure7(filters, similarity, frame), tmp_path / "second", FORMATS)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

@@ -1,0 +1,306 @@
+"""The literal references against closed forms, cases worked by hand, and libraries that share no code with them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from tests.reference import (
+    Array,
+    bicubic_resize,
+    mean_attention_distance,
+    patch_centres,
+    patch_filter_pca,
+    position_similarity,
+    rollout,
+    rollout_map,
+    sincos_2d,
+    softmax_attention,
+    uniform_distance,
+)
+
+Prefix = Literal["renormalize", "drop"]
+Fusion = Literal["mean", "max", "min"]
+PREFIXES: tuple[Prefix, ...] = ("renormalize", "drop")
+
+
+def _random_attention(layers: int, batch: int, heads: int, tokens: int, seed: int = 0) -> Array:
+    weights = np.random.default_rng(seed).exponential(size=(layers, batch, heads, tokens, tokens))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
+# Attention weights
+
+
+@pytest.mark.parametrize("kind", ["none", "float", "mask"])
+def test_softmax_attention_is_what_sdpa_applies(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    query, key, value = (torch.from_numpy(rng.normal(size=(2, 3, length, 4))) for length in (5, 6, 6))
+    masks = {"none": None, "float": torch.from_numpy(rng.normal(size=(3, 5, 6))), "mask": torch.ones(5, 6).tril().bool()}
+    bias = masks[kind]
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.3)
+
+    attention = softmax_attention(query, key, 0.3, None if bias is None else bias.numpy())
+
+    np.testing.assert_allclose(attention @ value.numpy(), want.numpy(), atol=1e-12)
+    np.testing.assert_allclose(attention.sum(axis=-1), 1, atol=1e-14)
+
+
+def test_softmax_attention_by_hand() -> None:
+    attention = softmax_attention([[[[2.0]]]], [[[[0.0], [math.log(3)]]]], scale=0.5)
+    np.testing.assert_allclose(attention, [[[[0.25, 0.75]]]], atol=1e-15)
+
+
+# Attention distance
+
+
+def test_patch_centres_by_hand() -> None:
+    want = [(4, 3), (4, 9), (4, 15), (12, 3), (12, 9), (12, 15)]
+    np.testing.assert_array_equal(patch_centres(2, 3, patch_height=8, patch_width=6), want)
+
+
+@pytest.mark.parametrize(("side", "patch", "want"), [(14, 16, 116.49), (7, 32, 115.50), (16, 14, 116.57), (37, 14, 269.99)])
+def test_uniform_distance_of_the_usual_grids(side: int, patch: int, want: float) -> None:
+    assert uniform_distance(side, side, (patch, patch)) == pytest.approx(want, abs=0.005)
+
+
+def test_uniform_distance_by_hand() -> None:
+    assert uniform_distance(1, 2, (8, 6)) == 3
+    assert uniform_distance(2, 1, (8, 6)) == 4
+    assert uniform_distance(2, 2, (8, 6)) == (6 + 8 + 10) / 4
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_identity_attention_has_distance_zero(prefix: Prefix) -> None:
+    attention = np.broadcast_to(np.eye(7), (2, 3, 2, 7, 7))
+    result = mean_attention_distance(attention, 2, 3, (8, 6), 1, prefix)
+    np.testing.assert_array_equal(result.per_image, np.zeros((2, 3, 2)))
+    np.testing.assert_array_equal(result.std, np.zeros((2, 2)))
+    np.testing.assert_array_equal(result.patch_mass, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1, 5])
+def test_uniform_attention_has_the_uniform_distance(num_prefix_tokens: int) -> None:
+    rows, cols, patch_size = 3, 4, (16, 12)
+    tokens = num_prefix_tokens + rows * cols
+    attention = np.full((1, 2, 1, tokens, tokens), 1 / tokens)
+    uniform, mass = uniform_distance(rows, cols, patch_size), rows * cols / tokens
+
+    renormalized = mean_attention_distance(attention, rows, cols, patch_size, num_prefix_tokens, "renormalize")
+    dropped = mean_attention_distance(attention, rows, cols, patch_size, num_prefix_tokens, "drop")
+
+    np.testing.assert_allclose(renormalized.mean, uniform, rtol=1e-14)
+    np.testing.assert_allclose(dropped.mean, uniform * mass, rtol=1e-14)
+    np.testing.assert_allclose(dropped.patch_mass, mass, rtol=1e-14)
+    np.testing.assert_allclose(renormalized.patch_mass, mass, rtol=1e-14)
+
+
+def test_distance_by_hand() -> None:
+    """Two patches 6 px apart; weights rescaled query by query, images averaged after queries."""
+    one = [[0.2, 0.4, 0.4], [0.5, 0.3, 0.2], [0.0, 0.25, 0.75]]  # the first row asks nothing: it is the class token's
+    two = [[0.2, 0.4, 0.4], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    attention = np.array([one, two])[None, :, None]
+
+    renormalized = mean_attention_distance(attention, 1, 2, (8, 6), 1, "renormalize")
+    dropped = mean_attention_distance(attention, 1, 2, (8, 6), 1, "drop")
+    sample = mean_attention_distance(attention, 1, 2, (8, 6), 1, "renormalize", ddof=1)
+
+    first = 6 * (0.2 / 0.5 + 0.25) / 2
+    np.testing.assert_allclose(renormalized.per_image, [[[first], [0.0]]], rtol=1e-14)
+    np.testing.assert_allclose(renormalized.mean, [[first / 2]], rtol=1e-14)
+    np.testing.assert_allclose(renormalized.std, [[first / 2]], rtol=1e-14)  # the population's
+    np.testing.assert_allclose(sample.std, [[first / math.sqrt(2)]], rtol=1e-14)
+    np.testing.assert_allclose(dropped.per_image, [[[6 * (0.2 + 0.25) / 2], [0.0]]], rtol=1e-14)
+    np.testing.assert_allclose(dropped.patch_mass, [[(0.75 + 1) / 2]], rtol=1e-14)
+
+
+def test_distance_keeps_rows_and_columns_apart() -> None:
+    """Each query looks at the patch below it, which is one patch height away, whatever the number of columns."""
+    rows, cols = 2, 3
+    attention = np.roll(np.eye(rows * cols), cols, axis=1)[None, None, None]
+    np.testing.assert_allclose(mean_attention_distance(attention, rows, cols, (10, 1), 0, "drop").mean, 10)
+
+
+def test_sample_spread_of_one_image_is_undefined() -> None:
+    result = mean_attention_distance(_random_attention(1, 1, 1, 4), 2, 2, (8, 8), 0, "drop", ddof=1)
+    assert np.isnan(result.std).all()
+    assert np.isfinite(result.mean).all()
+
+
+def test_distance_refuses_a_grid_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="2 x 3 patches and 0 prefix tokens"):
+        mean_attention_distance(_random_attention(1, 1, 1, 7), 2, 3, (8, 8), 0, "drop")
+
+
+# Rollout
+
+
+@pytest.mark.parametrize("discard_ratio", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("head_fusion", ["mean", "max", "min"])
+def test_rollout_rows_sum_to_one(head_fusion: Fusion, discard_ratio: float) -> None:
+    result = rollout(_random_attention(3, 2, 4, 7), head_fusion, discard_ratio, has_cls_token=True)
+    assert result.shape == (2, 7, 7)
+    np.testing.assert_allclose(result.sum(axis=-1), 1, atol=1e-14)
+
+
+@pytest.mark.parametrize("head_fusion", ["mean", "max", "min"])
+def test_rollout_of_identity_attention_is_the_identity(head_fusion: Fusion) -> None:
+    attention = np.broadcast_to(np.eye(5), (4, 2, 3, 5, 5))
+    np.testing.assert_allclose(rollout(attention, head_fusion, has_cls_token=True), [np.eye(5)] * 2, atol=1e-15)
+
+
+def test_rollout_of_uniform_attention() -> None:
+    """U is idempotent, so ((U + I) / 2)^L = 2^-L I + (1 - 2^-L) U."""
+    tokens, layers = 6, 3
+    uniform = np.full((tokens, tokens), 1 / tokens)
+    result = rollout(np.broadcast_to(uniform, (layers, 1, 2, tokens, tokens)), has_cls_token=False)
+    np.testing.assert_allclose(result[0], 2.0**-layers * np.eye(tokens) + (1 - 2.0**-layers) * uniform, atol=1e-15)
+
+
+def test_rollout_multiplies_later_layers_from_the_left() -> None:
+    first, second = np.eye(3)[[1, 1, 2]], np.eye(3)[[0, 2, 2]]
+    result = rollout(np.stack([first, second])[:, None, None], has_cls_token=True)
+    want = (second + np.eye(3)) @ (first + np.eye(3)) / 4
+    assert not np.allclose(want, (first + np.eye(3)) @ (second + np.eye(3)) / 4)
+    np.testing.assert_allclose(result[0], want, atol=1e-15)
+
+
+def test_rollout_fuses_heads_by_hand() -> None:
+    heads = np.array([[[0.6, 0.4], [0.2, 0.8]], [[1.0, 0.0], [0.5, 0.5]]])[None, None]
+    mean = [[0.9, 0.1], [0.175, 0.825]]
+    largest = [[2.0 / 2.4, 0.4 / 2.4], [0.5 / 2.3, 1.8 / 2.3]]
+    smallest = [[1.0, 0.0], [0.2 / 1.7, 1.5 / 1.7]]
+    np.testing.assert_allclose(rollout(heads, "mean", has_cls_token=True)[0], mean, atol=1e-15)
+    np.testing.assert_allclose(rollout(heads, "max", has_cls_token=True)[0], largest, atol=1e-15)
+    np.testing.assert_allclose(rollout(heads, "min", has_cls_token=True)[0], smallest, atol=1e-15)
+
+
+@pytest.mark.parametrize("has_cls_token", [True, False])
+def test_rollout_discards_the_smallest_candidates(has_cls_token: bool) -> None:
+    attention = np.array([[0.01, 0.59, 0.40], [0.02, 0.90, 0.08], [0.03, 0.27, 0.70]])
+    kept = attention.copy()
+    if has_cls_token:  # floor(0.5 * 6) = 3 of the last two columns
+        kept[[1, 2, 0], [2, 1, 2]] = 0
+    else:  # floor(0.5 * 9) = 4 of all
+        kept[[0, 1, 2, 1], [0, 0, 0, 2]] = 0
+    want = kept + np.eye(3)
+    want /= want.sum(axis=1, keepdims=True)
+    result = rollout(attention[None, None, None], "mean", 0.5, has_cls_token=has_cls_token)
+    np.testing.assert_allclose(result[0], want, atol=1e-15)
+
+
+def test_rollout_treats_each_image_alone() -> None:
+    attention = _random_attention(2, 3, 2, 6)
+    together = rollout(attention, "max", 0.6, has_cls_token=True)
+    alone = [rollout(attention[:, i : i + 1], "max", 0.6, has_cls_token=True)[0] for i in range(3)]
+    np.testing.assert_array_equal(together, alone)
+    assert not np.allclose(together[0], together[1])
+
+
+def test_rollout_map_by_hand() -> None:
+    tokens = 2 + 2 * 3
+    matrix = np.arange(tokens * tokens, dtype=np.float64).reshape(1, tokens, tokens)
+    with_cls = rollout_map(matrix, 2, 3, num_prefix_tokens=2, has_cls_token=True)
+    without = rollout_map(matrix, 2, 3, num_prefix_tokens=2, has_cls_token=False)
+    np.testing.assert_array_equal(with_cls, [[[2, 3, 4], [5, 6, 7]]])
+    np.testing.assert_allclose(without, with_cls + 8 * (2 + 7) / 2)  # the mean of rows 2 to 7
+
+
+# Patch filters
+
+
+@pytest.mark.parametrize("shape", [(60, 3, 2, 4), (20, 3, 4, 4)])
+def test_patch_filter_pca_against_scikit_learn(shape: tuple[int, ...]) -> None:
+    weight = np.random.default_rng(2).normal(size=shape) + 5
+    components, ratios = patch_filter_pca(weight, 7)
+    want = PCA(7, svd_solver="full").fit(weight.reshape(shape[0], -1))
+    flat = components.reshape(7, -1)
+    np.testing.assert_allclose(ratios, want.explained_variance_ratio_, atol=1e-12)
+    np.testing.assert_allclose(np.abs(np.diag(flat @ want.components_.T)), 1, atol=1e-10)
+    assert components.shape == (7, *shape[1:])
+    assert (flat[np.arange(7), np.abs(flat).argmax(axis=1)] > 0).all()
+
+
+def test_patch_filter_pca_by_hand() -> None:
+    """Variances 4 : 1 along two known directions, whose largest entries come out positive."""
+    a, b = np.array([0.6, -0.8, 0.0, 0.0]), np.array([0.0, 0.0, 0.8, 0.6])
+    weight = np.array([10 + 2 * a, 10 - 2 * a, 10 + b, 10 - b]).reshape(4, 1, 2, 2)
+    components, ratios = patch_filter_pca(weight, 2)
+    np.testing.assert_allclose(components.reshape(2, 4), [-a, b], atol=1e-12)
+    np.testing.assert_allclose(ratios, [0.8, 0.2], atol=1e-12)
+
+
+# Position embeddings
+
+
+def test_position_similarity_by_hand() -> None:
+    table = np.array([(1, 0), (0, 2), (-3, 0), (1, 1), (0, -1), (5, 5)])
+    similarity = position_similarity(table, 2, 3)
+    half = math.sqrt(0.5)
+    np.testing.assert_allclose(similarity[0, 0], [[1.0, 0.0, -1.0], [half, 0.0, half]], atol=1e-15)
+    np.testing.assert_allclose(similarity[1, 0, 0, 1], half, atol=1e-15)
+    np.testing.assert_allclose(similarity, similarity.transpose(2, 3, 0, 1), atol=1e-15)
+
+
+def test_sincos_by_hand() -> None:
+    """dim 8: omega is 1 and 0.01; columns first."""
+    table = sincos_2d(2, 3, 8)
+    want = [math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02), math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
+    np.testing.assert_allclose(table[1 * 3 + 2], want, atol=1e-15)
+    np.testing.assert_array_equal(table[0], [0, 0, 1, 1, 0, 0, 1, 1])
+
+
+def test_sincos_similarity_depends_on_the_offset_alone() -> None:
+    """sin a sin b + cos a cos b = cos(a - b), and every vector has the same length."""
+    similarity = position_similarity(sincos_2d(3, 4, 16), 3, 4)
+    np.testing.assert_allclose(similarity[0, 0, 1, 2], similarity[1, 1, 2, 3], atol=1e-14)
+    frequencies = 10000.0 ** -(np.arange(4) / 4)
+    np.testing.assert_allclose(similarity[0, 0, 1, 2], (np.cos(2 * frequencies) + np.cos(frequencies)).mean() / 2, atol=1e-14)
+
+
+# Resizing. Single columns are left out of the antialiased sizes: there torch 2.13 is wrong on a CPU for contiguous input
+# (a column 0, 1, 2, 3 shrunk to two rows comes out as 0.59, 0.59), which the test by hand below covers instead.
+
+
+@pytest.mark.parametrize(("antialias", "align_corners"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("new_size", [(4, 7), (3, 3), (9, 16), (2, 11), (11, 2), (1, 5)])
+def test_bicubic_resize_against_torch(new_size: tuple[int, int], antialias: bool, align_corners: bool) -> None:
+    table = np.random.default_rng(3).normal(size=(4, 7, 3))
+    want = torch.nn.functional.interpolate(
+        torch.from_numpy(table).permute(2, 0, 1)[None],
+        size=new_size,
+        mode="bicubic",
+        antialias=antialias,
+        align_corners=align_corners,
+    )[0].permute(1, 2, 0)
+    result = bicubic_resize(table, *new_size, antialias=antialias, align_corners=align_corners)
+    np.testing.assert_allclose(result, want.numpy(), atol=1e-12)
+
+
+def test_bicubic_antialias_of_a_single_column() -> None:
+    """Keys' kernel at a = -1/2 by hand: halving four samples puts taps 1/4, 1/4, 3/4, 5/4 widened steps away."""
+    near, mid, far = 0.8671875, 0.2265625, -0.0703125
+    weights = np.array([near, near, mid, far]) / (2 * near + mid + far)  # the first centre lies at 0.5
+    column = np.array([1.0, 10.0, 100.0, 1000.0]).reshape(4, 1, 1)
+    result = bicubic_resize(column, 2, 1, antialias=True)
+    np.testing.assert_allclose(result[:, 0, 0], [weights @ column[:, 0, 0], weights[::-1] @ column[:, 0, 0]], rtol=1e-12)
+
+
+def test_bicubic_keeps_the_same_grid_and_a_constant() -> None:
+    table = np.random.default_rng(4).normal(size=(3, 5, 2))
+    for antialias in (False, True):
+        np.testing.assert_allclose(bicubic_resize(table, 3, 5, antialias=antialias), table, atol=1e-15)
+        constant = bicubic_resize(np.full((3, 5, 2), 7.0), 4, 2, antialias=antialias)
+        np.testing.assert_allclose(constant, np.full((4, 2, 2), 7.0), atol=1e-13)
+
+
+def test_bicubic_corners_stay_with_align_corners() -> None:
+    table = np.random.default_rng(5).normal(size=(3, 4, 2))
+    resized = bicubic_resize(table, 7, 5, align_corners=True)
+    np.testing.assert_allclose(resized[[0, 0, -1, -1], [0, -1, 0, -1]], table[[0, 0, -1, -1], [0, -1, 0, -1]], atol=1e-14)
+    assert not np.allclose(bicubic_resize(table, 7, 5)[0, 0], table[0, 0])

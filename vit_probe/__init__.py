@@ -1,0 +1,63 @@
+"""Look inside Vision Transformers: attention distance, embedding filters, position similarity and attention rollout."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_probe.checkpoints import load_model
+    from vit_probe.config import ResNetConfig, ViTConfig
+    from vit_probe.errors import InputError
+    from vit_probe.geometry import TokenGrid
+    from vit_probe.hooks import AttentionTile, attention_hooks
+    from vit_probe.images import Preprocessing, sample_photographs
+    from vit_probe.measures.attention_distance import mean_attention_distance
+    from vit_probe.measures.patch_filters import patch_filters
+    from vit_probe.measures.position_similarity import position_similarity
+    from vit_probe.measures.rollout import attention_rollout
+    from vit_probe.positions import resize_position_embedding
+    from vit_probe.results import load_result
+    from vit_probe.vit import VisionTransformer
+
+__all__ = [
+    "AttentionTile",
+    "InputError",
+    "Preprocessing",
+    "ResNetConfig",
+    "TokenGrid",
+    "ViTConfig",
+    "VisionTransformer",
+    "attention_hooks",
+    "attention_rollout",
+    "load_model",
+    "load_result",
+    "mean_attention_distance",
+    "patch_filters",
+    "position_similarity",
+    "resize_position_embedding",
+    "sample_photographs",
+]
+
+_MODULES = {
+    "checkpoints": ("load_model",),
+    "config": ("ResNetConfig", "ViTConfig"),
+    "errors": ("InputError",),
+    "geometry": ("TokenGrid",),
+    "hooks": ("AttentionTile", "attention_hooks"),
+    "images": ("Preprocessing", "sample_photographs"),
+    "measures": ("attention_rollout", "mean_attention_distance", "patch_filters", "position_similarity"),
+    "positions": ("resize_position_embedding",),
+    "results": ("load_result",),
+    "vit": ("VisionTransformer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that the command line answers before torch is loaded."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"vit_probe.{module}"), name)
+    raise AttributeError(f"module 'vit_probe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,84 @@
+"""What every source of weights is turned into, and the model that is built from it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_probe.config import ViTConfig, as_pair
+from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.images import Preprocessing
+from vit_probe.vit import VisionTransformer
+
+__all__ = ["Checkpoint", "check_fields"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A configuration, parameters under our own names, and how photographs are prepared.
+
+    Args:
+        config: The model's configuration.
+        state: Parameters by name.
+        preprocessing: None if the source does not say; the usual one for ImageNet is then assumed, with a warning.
+    """
+
+    config: ViTConfig
+    state: dict[str, Tensor]
+    preprocessing: Preprocessing | None
+
+    def build(self, **overrides: Any) -> VisionTransformer:
+        """The model in evaluation mode, its configuration's fields replaced by `overrides`.
+
+        Raises:
+            InputError: If an override is no field of `ViTConfig`, or parameters are missing, unexpected or wrongly shaped.
+        """
+        check_fields(overrides)
+        config, state = replace(self.config, **overrides), self.state
+        if config.num_classes == 0:
+            state = {name: value for name, value in state.items() if not name.startswith("head")}
+        with torch.device("meta"):
+            model = VisionTransformer(config)
+        expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
+        problems = [
+            ("missing", sorted(set(expected) - set(state))),
+            ("unexpected", sorted(set(state) - set(expected))),
+            (
+                "wrongly shaped",
+                [
+                    f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+                    for name, shape in expected.items()
+                    if name in state and state[name].shape != shape
+                ],
+            ),
+        ]
+        found = [f"{kind}: {', '.join(names)}" for kind, names in problems if names]
+        if found:
+            raise InputError(f"the checkpoint does not fit the model it describes; {'; '.join(found)}")
+        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        model.preprocessing = self.preprocessing or _assumed(config)
+        return model.eval()
+
+
+def _assumed(config: ViTConfig) -> Preprocessing:
+    size = as_pair(config.image_size, "image_size")
+    preprocessing = Preprocessing(size, round(max(size) * 256 / 224))
+    warnings.warn(
+        "the checkpoint does not say how photographs are prepared for it; ImageNet's mean and standard deviation are assumed "
+        f"and {size[0]} x {size[1]} pixels cut from a shorter side of {preprocessing.resize}: set model.preprocessing if not so",
+        AssumptionWarning,
+        stacklevel=4,
+    )
+    return preprocessing
+
+
+def check_fields(overrides: Iterable[str]) -> None:
+    """Raise InputError unless every name is a field of `ViTConfig`."""
+    unknown = sorted(set(overrides) - {field.name for field in fields(ViTConfig)})
+    if unknown:
+        raise InputError(f"ViTConfig has no field {', '.join(unknown)}")

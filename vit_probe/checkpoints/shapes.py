@@ -1,0 +1,157 @@
+"""A model's configuration, read off the shapes of its parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from vit_probe.config import ResNetConfig, ViTConfig, as_pair
+from vit_probe.errors import InputError
+
+__all__ = ["config_from_shapes"]
+
+# Heads of the published models of each width: ViT and DeiT, CLIP, SigLIP, DINOv2 and timm's own sizes.
+_HEADS = {
+    192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 832: 13, 896: 14,
+    1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16,
+}  # fmt: skip
+
+
+def config_from_shapes(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> ViTConfig:
+    """The configuration of parameters under our own names.
+
+    What shapes do not tell is taken from `known`, or else is as in most published models: GELU, an epsilon of 1e-6
+    (1e-5 behind CLIP's `norm_pre`), the usual number of heads for the width, the class token for pooling where there
+    is one. A position table whose number of patches is a square is taken for a square grid.
+
+    Args:
+        state: Parameters by name.
+        known: Fields of `ViTConfig` that are known from elsewhere; they go before what the shapes say.
+
+    Raises:
+        InputError: If parameters that tell the shape are missing, or the number of heads or the grid cannot be told.
+    """
+    projection = _shape(state, "patch_embed.proj.weight", 4)
+    width, (_, hidden) = projection[0], _shape(state, "blocks.0.mlp.fc2.weight", 2)
+    gated = _shape(state, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * hidden
+    stem = _resnet(state)
+    config: dict[str, Any] = {
+        "patch_size": projection[2:],
+        "in_channels": _shape(state, "patch_embed.backbone.stem.conv.weight", 4)[1] if stem else projection[1],
+        "embed_dim": width,
+        "depth": _count(state, r"blocks\.(\d+)\."),
+        "mlp_ratio": hidden / width,
+        "num_classes": _shape(state, "head.weight", 2)[0] if "head.weight" in state else 0,
+        "class_token": "cls_token" in state,
+        "distillation_token": "dist_token" in state,
+        "num_registers": _shape(state, "reg_token", 3)[1] if "reg_token" in state else 0,
+        "pooling": _pooling(state, width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "norm_eps": 1e-5 if "norm_pre.weight" in state else 1e-6,
+        "activation": "swiglu" if gated else "gelu",
+        "patch_bias": "patch_embed.proj.bias" in state,
+        "pre_norm": "norm_pre.weight" in state,
+        "norm_pooled": "fc_norm.weight" in state,
+        "stem": stem,
+    }
+    config |= known
+    if "num_heads" not in config:
+        config["num_heads"] = _num_heads(state, width)
+    return ViTConfig(**(config | _positions(state, config)))
+
+
+def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+    if name not in state:
+        raise InputError(f"the checkpoint is incomplete: it holds no parameter {name}")
+    shape = tuple(state[name].shape)
+    if len(shape) != ndim:
+        raise InputError(f"{name} should have {ndim} axes, but the checkpoint's has the shape {shape}")
+    return shape
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest index that names show."""
+    return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
+
+
+def _resnet(state: Mapping[str, Tensor]) -> ResNetConfig | None:
+    if "patch_embed.backbone.stem.conv.weight" not in state:
+        return None
+    stages = r"patch_embed\.backbone\.stages\."
+    layers = tuple(_count(state, rf"{stages}{stage}\.blocks\.(\d+)\.") for stage in range(_count(state, rf"{stages}(\d+)\.")))
+    return ResNetConfig(layers, width=_shape(state, "patch_embed.backbone.stem.conv.weight", 4)[0])
+
+
+def _pooling(state: Mapping[str, Tensor], width: int) -> str:
+    if "head_dist.weight" in state or ("dist_token" in state and "head.weight" not in state):
+        return "distilled"
+    if "head.weight" in state and _shape(state, "head.weight", 2)[1] == 2 * width:
+        return "token+avg"
+    # timm normalises after pooling where it averages, whether or not there is a class token.
+    return "avg" if "cls_token" not in state or "fc_norm.weight" in state else "token"
+
+
+def _num_heads(state: Mapping[str, Tensor], width: int) -> int:
+    if "blocks.0.attn.q_norm.weight" in state:
+        return width // _shape(state, "blocks.0.attn.q_norm.weight", 1)[0]
+    if width not in _HEADS:
+        raise InputError(
+            f"the number of attention heads cannot be told from the checkpoint (a width of {width} is no published "
+            "model's); pass num_heads="
+        )
+    return _HEADS[width]
+
+
+def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are embedded, and for which image size."""
+    height, width = (
+        side * (config["stem"].stride if config["stem"] else 1) for side in as_pair(config["patch_size"], "patch_size")
+    )
+    if config.get("position") == "none":
+        nearest = max(round(224 / height), 1) * height, max(round(224 / width), 1) * width
+        return {"image_size": config.get("image_size", nearest)}
+    num_prefix = config["class_token"] + config["distillation_token"] + config["num_registers"]
+    if "pos_embed.row" in state:
+        rows, cols = (_shape(state, f"pos_embed.{axis}", 3)[1] for axis in ("row", "col"))
+        prefix = _shape(state, "pos_embed.prefix", 3)[1]
+        return {
+            "position": "learned_2d",
+            "position_prefix": None if prefix == num_prefix else prefix,
+            "image_size": (rows * height, cols * width),
+        }
+    if "pos_embed" not in state:
+        raise InputError(
+            "the checkpoint holds no position table (pos_embed): models with rotary or relative positions are not "
+            "VisionTransformers; if this one really has no positions, pass position='none'"
+        )
+    length = _shape(state, "pos_embed", 3)[1]
+    asked = config.get("position_prefix")
+    if config.get("image_size") is not None:
+        size = as_pair(config["image_size"], "image_size")
+        patches = (size[0] // height) * (size[1] // width)
+        prefix = length - patches
+        if not 0 <= prefix <= num_prefix or (asked is not None and prefix != asked):
+            raise InputError(
+                f"the position table has {length} entries, which does not fit images of {size[0]} x {size[1]} pixels "
+                f"({patches} patches and up to {num_prefix} prefix tokens); image_size= is the size that the table was made "
+                "for: for another one load the model without it, then call model.resize(image_size)"
+            )
+    else:
+        tokens = int(config["class_token"])
+        candidates = {0, tokens, tokens + config["distillation_token"], num_prefix} if asked is None else {asked}
+        grids = [(prefix, isqrt(length - prefix)) for prefix in sorted(candidates) if length > prefix]
+        square = [(prefix, side) for prefix, side in grids if side * side == length - prefix]
+        if len(square) != 1:
+            raise InputError(
+                f"the grid of patches cannot be told from a position table of {length} entries with {num_prefix} prefix "
+                f"tokens ({'more than one square fits' if square else 'it is not a square'}); pass image_size=(height, width)"
+            )
+        prefix, side = square[0]
+        size = side * height, side * width
+    return {"image_size": size, "position_prefix": None if prefix == num_prefix else prefix}

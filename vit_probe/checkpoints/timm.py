@@ -1,0 +1,124 @@
+"""timm's checkpoints, and those with the same names: our own, DeiT's, DINO's, MAE's and DINOv2's original ones."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from torch import Tensor
+
+from vit_probe.checkpoints.checkpoint import Checkpoint
+from vit_probe.checkpoints.renaming import rename
+from vit_probe.checkpoints.shapes import config_from_shapes
+from vit_probe.errors import InputError
+from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing
+
+__all__ = ["from_state", "is_layout"]
+
+_NAMES = (
+    (r"^patch_embed\.backbone\.(conv|norm)\.", r"patch_embed.backbone.stem.\1."),  # a stem without stages
+    (r"^register_tokens$", "reg_token"),  # this line and the next two: DINOv2's own files
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
+_MASK_TOKEN = r"mask_token$"
+
+# What an architecture's name tells and its parameters do not.
+_ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"clip", {"norm_eps": 1e-5}),
+    (r"quickgelu", {"activation": "quick_gelu"}),
+    (r"^vit_base_patch16_gap_", {"num_heads": 16}),
+    (r"^test_vit2?$", {"num_heads": 2}),
+)
+# Models whose parameters would fit, but which compute something else with them.
+_UNSUPPORTED = (
+    (r"_rpn_", "layer norms after the residual branches"),
+    (r"giantopt|so400m_patch16_siglip|large_patch16_siglip(_gap)?_512|patch32_siglip", "the tanh approximation of GELU"),
+)
+_POOLING = {"token": "token", "avg": "avg"}
+
+
+def is_layout(state: Mapping[str, Tensor]) -> bool:
+    """Whether the parameters have timm's names."""
+    return "patch_embed.proj.weight" in state
+
+
+def from_state(
+    state: Mapping[str, Tensor], overrides: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Reads a state dict, and timm's `config.json` where there is one.
+
+    Without the latter nothing says how photographs are prepared. DINOv2's original files carry a mask token; their
+    position table is then interpolated as there, without antialiasing unless there are registers.
+
+    Args:
+        state: Parameters under timm's names.
+        overrides: Fields of `ViTConfig` that the user gave.
+        config: `config.json` of a model in timm's hub layout: `architecture`, `global_pool`, `pretrained_cfg`.
+
+    Raises:
+        InputError: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
+    """
+    known: dict[str, Any] = {}
+    if "mask_token" in state and "register_tokens" not in state:
+        known["position_resampling"] = "bicubic"
+    renamed = rename(state, _NAMES, drop=_MASK_TOKEN)
+    if overrides.get("num_classes") == 0:
+        renamed = {name: value for name, value in renamed.items() if not name.startswith("pre_logits.")}
+    if any(name.startswith("pre_logits.") for name in renamed):
+        raise InputError(
+            "the checkpoint has a hidden layer before the head (pre_logits), which VisionTransformer does not support; "
+            "pass num_classes=0 to load the model without its head"
+        )
+    if config is not None:
+        known |= _known(config, renamed)
+    preprocessing = None if config is None else _preprocessing(config.get("pretrained_cfg") or config)
+    return Checkpoint(config_from_shapes(renamed, known | dict(overrides)), renamed, preprocessing)
+
+
+def _known(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `config.json` says beyond the shapes."""
+    architecture = str(config["architecture"]).partition(".")[0]
+    for pattern, what in _UNSUPPORTED:
+        if re.search(pattern, architecture):
+            raise InputError(f"{architecture} has {what}, which VisionTransformer does not support")
+    known: dict[str, Any] = {}
+    for pattern, fields in _ARCHITECTURES:
+        if re.search(pattern, architecture):
+            known |= fields
+    arguments = config.get("model_args") or {}
+    if "num_heads" in arguments:
+        known["num_heads"] = arguments["num_heads"]
+    if arguments.get("act_layer") in ("gelu", "quick_gelu"):
+        known["activation"] = arguments["act_layer"]
+    pool = config.get("global_pool", "token")
+    if pool not in _POOLING:
+        raise InputError(f"{architecture} pools its tokens by {pool!r}; VisionTransformer knows {', '.join(_POOLING)}")
+    if "global_pool" in config and "dist_token" not in state:
+        known["pooling"] = _POOLING[pool]
+    return known
+
+
+def _preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
+    """What `pretrained_cfg` says, with timm's defaults; None for what a resize and a central crop cannot express."""
+    channels, height, width = config.get("input_size") or (3, 224, 224)
+    interpolation: Interpolation = config.get("interpolation") or "bicubic"
+    mode = config.get("crop_mode") or "center"
+    if channels != 3 or interpolation not in get_args(Interpolation) or mode not in ("center", "squash"):
+        return None
+    crop = config.get("crop_pct") or 0.875
+    scaled = math.floor(height / crop), math.floor(width / crop)
+    return Preprocessing(
+        size=(height, width),
+        resize=scaled if mode == "squash" else max(scaled),
+        mean=_triple(config.get("mean") or IMAGENET_MEAN),
+        std=_triple(config.get("std") or IMAGENET_STD),
+        interpolation=interpolation,
+    )
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

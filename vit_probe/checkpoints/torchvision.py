@@ -1,0 +1,63 @@
+"""torchvision's Vision Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vit_probe.checkpoints.checkpoint import Checkpoint
+from vit_probe.checkpoints.renaming import rename
+from vit_probe.checkpoints.shapes import config_from_shapes
+from vit_probe.config import as_pair
+from vit_probe.errors import InputError
+from vit_probe.images import Preprocessing
+
+__all__ = ["from_state", "is_layout"]
+
+_NAMES = (
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^heads\.head\.", "head."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)
+
+
+def is_layout(state: Mapping[str, Tensor]) -> bool:
+    """Whether the parameters have torchvision's names."""
+    return "conv_proj.weight" in state and "encoder.pos_embedding" in state
+
+
+def from_state(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> Checkpoint:
+    """Reads a state dict.
+
+    Photographs are prepared as for torchvision's `IMAGENET1K_V1` weights: the shorter side resized to 256/224 of the
+    image size, bilinearly, and a central crop. (The `SWAG` weights, whose files look the same, are resized bicubically
+    to the image size itself.)
+
+    Args:
+        state: Parameters under torchvision's names.
+        overrides: Fields of `ViTConfig` that the user gave. `num_classes=0` leaves out the head and what stands before it.
+
+    Raises:
+        InputError: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
+    """
+    if overrides.get("num_classes") == 0:
+        state = {name: value for name, value in state.items() if not name.startswith("heads.")}
+    if any(name.startswith("heads.pre_logits.") for name in state):
+        raise InputError(
+            "the checkpoint has a hidden layer before the head (heads.pre_logits), which VisionTransformer does not support; "
+            "pass num_classes=0 to load the model without its head"
+        )
+    renamed = rename(state, _NAMES)
+    config = config_from_shapes(renamed, {"position_resampling": "bicubic-align-corners"} | dict(overrides))
+    size = as_pair(config.image_size, "image_size")
+    return Checkpoint(config, renamed, Preprocessing(size, round(max(size) * 256 / 224), interpolation="bilinear"))

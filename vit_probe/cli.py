@@ -1,0 +1,274 @@
+"""The command `vit-probe`. Everything heavy is imported when a command needs it, so that help appears at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from vit_probe import terminal
+from vit_probe.errors import InputError
+
+if TYPE_CHECKING:
+    from vit_probe.hooks import AttentionObserver
+    from vit_probe.run import AttentionRun
+    from vit_probe.vit import VisionTransformer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Look inside Vision Transformers: measurements to trust, figures to publish.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(StrEnum):
+    png = "png"
+    pdf = "pdf"
+    svg = "svg"
+
+
+Model = Annotated[
+    str | None, typer.Option(help="A checkpoint file or folder, hf:ORG/NAME or timm:NAME; see `vit-probe models`.")
+]
+ImagePaths = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--images", metavar="PATH", help="Photographs, or folders of them; without any, sample photographs and crops of them."
+    ),
+]
+MorePaths = Annotated[list[Path] | None, typer.Argument(help="More photographs or folders.")]
+Out = Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")]
+Limit = Annotated[int, typer.Option(min=1, help="Use at most this many images.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
+Formats = Annotated[list[Format] | None, typer.Option("--format", help="May be repeated; png without any.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Prefix = Annotated[
+    Literal["renormalize", "drop"], typer.Option(help="What becomes of attention paid to class token and registers.")
+]
+Components = Annotated[int, typer.Option(min=1, help="Principal components to show.")]
+Fusion = Annotated[
+    Literal["mean", "max", "min"], typer.Option(help="How the heads of a layer become one; the paper's is mean.")
+]
+Discard = Annotated[float, typer.Option(help="Part of each layer's smallest entries set to zero, in [0, 1).")]
+Count = Annotated[int, typer.Option(min=1, help="Images to draw; the numbers of all are written.")]
+_OUT = Path("figures-out")
+
+
+@app.command()
+def figures(
+    paths: MorePaths = None,
+    model: Model = None,
+    images: ImagePaths = None,
+    out: Out = _OUT,
+    limit: Limit = 128,
+    batch_size: BatchSize = 16,
+    format: Formats = None,
+    device: Device = "auto",
+) -> None:
+    """All four analyses in one pass, and the three-panel sheet of the ViT paper's figure 7."""
+    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    loaded = _load(model)
+    from vit_probe.measures import patch_filters, position_similarity
+    from vit_probe.measures.attention_distance import AttentionDistance
+    from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
+    from vit_probe.output import write_analysis, write_figure7, write_run
+
+    run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
+    filters = patch_filters(loaded)
+    try:
+        positions = position_similarity(loaded)
+    except InputError as error:
+        terminal.complain(f"note: position similarity is left out: {error}")
+        positions = None
+    distance, rollout = AttentionDistance(run.grid), AttentionRollout(run.grid)
+    _observe(run, distance, rollout)
+    far = distance.compute(run.provenance(prefix="renormalize"))
+    provenance = run.provenance(head_fusion="mean", discard_ratio=0.0)
+    rolled = rollout.compute(provenance, names=run.images.names, images=run.images.kept())
+    files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
+    files += write_analysis(filters, filters.plot(), folder, "patch_filters", formats)
+    if positions is not None:
+        files += write_analysis(positions, positions.plot(), folder, "position_similarity", formats)
+    files += write_analysis(rolled, rolled.plot(), folder, "rollout", formats)
+    files += write_figure7(filters, positions, far, folder, formats)
+    options = {"limit": limit, "batch_size": batch_size, "prefix": "renormalize", "head_fusion": "mean", "components": 28}
+    files.append(write_run(far.provenance | {"options": options}, files, folder))
+    terminal.report(files, far.summary())
+
+
+@app.command()
+def distance(
+    paths: MorePaths = None,
+    model: Model = None,
+    images: ImagePaths = None,
+    out: Out = _OUT,
+    limit: Limit = 128,
+    batch_size: BatchSize = 16,
+    format: Formats = None,
+    device: Device = "auto",
+    prefix: Prefix = "renormalize",
+    spread: Annotated[bool, typer.Option("--spread", help="Draw the standard deviation over images.")] = False,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option("--sorted-layer", help="Also draw this layer's heads in order of distance; may be repeated."),
+    ] = None,
+) -> None:
+    """Mean attention distance of every head, in pixels, against depth."""
+    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    loaded = _load(model)
+    from vit_probe.measures.attention_distance import AttentionDistance
+    from vit_probe.output import root_figure, write_analysis
+    from vit_probe.plots import plot_sorted_heads, save_figure
+
+    depth = loaded.config.depth
+    if wrong := [layer for layer in layers or () if not 0 <= layer < depth]:
+        raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {depth - 1}")
+    run = _attention_run(loaded, photographs, batch_size, device)
+    measure = AttentionDistance(run.grid, prefix=prefix)
+    _observe(run, measure)
+    result = measure.compute(run.provenance(prefix=prefix))
+    files = write_analysis(result, result.plot(spread=spread), folder, "attention_distance", formats)
+    if layers:
+        axes = plot_sorted_heads(result.to_dataframe(), layers=layers)
+        files += save_figure(root_figure(axes), folder / "attention_distance_sorted", formats)
+    terminal.report(files, result.summary())
+
+
+@app.command()
+def filters(model: Model = None, out: Out = _OUT, format: Formats = None, components: Components = 28) -> None:
+    """Principal components of the patch-embedding filters."""
+    folder, formats, _ = _prepare(model, None, None, out, None, format)
+    from vit_probe.measures import patch_filters
+    from vit_probe.output import write_analysis
+
+    result = patch_filters(_load(model), components=components)
+    terminal.report(write_analysis(result, result.plot(), folder, "patch_filters", formats), result.summary())
+
+
+@app.command()
+def positions(model: Model = None, out: Out = _OUT, format: Formats = None) -> None:
+    """Cosine similarity of position embeddings."""
+    folder, formats, _ = _prepare(model, None, None, out, None, format)
+    from vit_probe.measures import position_similarity
+    from vit_probe.output import write_analysis
+
+    result = position_similarity(_load(model))
+    terminal.report(write_analysis(result, result.plot(), folder, "position_similarity", formats), result.summary())
+
+
+@app.command()
+def rollout(
+    paths: MorePaths = None,
+    model: Model = None,
+    images: ImagePaths = None,
+    out: Out = _OUT,
+    limit: Limit = 128,
+    batch_size: BatchSize = 16,
+    format: Formats = None,
+    device: Device = "auto",
+    head_fusion: Fusion = "mean",
+    discard_ratio: Discard = 0.0,
+    kind: Annotated[
+        Literal["pairs", "heatmap"], typer.Option(help="Attention over black, as in the paper, or a heat map.")
+    ] = "pairs",
+    count: Count = 8,
+) -> None:
+    """Attention rollout: what reaches the class token, over each photograph."""
+    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    if not 0 <= discard_ratio < 1:
+        raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
+    loaded = _load(model)
+    from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
+    from vit_probe.output import write_analysis
+
+    if count > SHOWN_IMAGES:
+        raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
+    run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
+    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
+    _observe(run, measure)
+    provenance = run.provenance(head_fusion=head_fusion, discard_ratio=discard_ratio)
+    result = measure.compute(provenance, names=run.images.names, images=run.images.kept())
+    axes = result.plot(kind=kind, count=count)
+    terminal.report(write_analysis(result, axes, folder, "rollout", formats), result.summary())
+
+
+@app.command()
+def models() -> None:
+    """What --model can name."""
+    rows = [
+        ("FILE.npz", "Google's layout (vision_transformer, AugReg, big_vision), plain or hybrid with a BiT ResNet"),
+        ("FILE.safetensors, .pt, .pth", "a state dict with the names of timm, transformers, torchvision or vit_probe"),
+        ("FOLDER", "transformers: ViT, DeiT, DINOv2, DINOv2 with registers; or timm's hub layout"),
+        ("hf:ORG/NAME", "such a folder from the Hugging Face Hub, hf:facebook/dinov2-small for one"),
+        ("timm:NAME", "timm's weights from the Hub, timm:vit_base_patch16_224.augreg_in21k for one"),
+    ]
+    terminal.print_table(["--model", "what is read"], rows)
+
+
+def main() -> None:
+    """Runs the command; what the user can put right is one sentence on standard error and exit code 2."""
+    warnings.showwarning = terminal.show_warning
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except InputError as error:
+        message = str(error)
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        message = message.replace("Value error, ", "")
+    except (Abort, KeyboardInterrupt):
+        sys.exit(130)
+    terminal.complain(message)
+    sys.exit(2)
+
+
+def _prepare(
+    model: str | None,
+    images: list[Path] | None,
+    more: list[Path] | None,
+    out: Path,
+    limit: int | None,
+    formats: Sequence[Format] | None,
+) -> tuple[Path, list[str], list[Any]]:
+    """Everything that can be checked before torch is loaded: the output folder, the formats, the list of images."""
+    from vit_probe.files import writable_folder
+
+    if model is None:
+        raise InputError(
+            "name a model with --model: a checkpoint file or folder, hf:ORG/NAME or timm:NAME (see `vit-probe models`)"
+        )
+    photographs: list[Any] = []
+    if limit is not None:
+        from vit_probe.images import find_images, sample_photographs
+
+        sources = [*(images or ()), *(more or ())]
+        photographs = list(find_images(sources)[:limit]) if sources else list(sample_photographs(min(limit, 128)))
+    return writable_folder(out), [name.value for name in dict.fromkeys(formats or [Format.png])], photographs
+
+
+def _load(model: str | None) -> VisionTransformer:
+    from vit_probe.checkpoints import load_model
+
+    assert model is not None
+    return load_model(model)
+
+
+def _attention_run(
+    model: VisionTransformer, images: list[Any], batch_size: int, device: str, keep_images: int = 0
+) -> AttentionRun:
+    from vit_probe.run import AttentionRun
+
+    return AttentionRun(model, images, batch_size=batch_size, device=device, keep_images=keep_images)
+
+
+def _observe(run: AttentionRun, *measures: AttentionObserver) -> None:
+    with terminal.progress(run.images.count) as advance:
+        run.observe(*measures, progress=advance)

@@ -1,0 +1,240 @@
+"""What defines a Vision Transformer: its configuration, and the papers' named sizes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from vit_probe.errors import InputError
+
+__all__ = ["VARIANTS", "ResNetConfig", "Variant", "ViTConfig"]
+
+Pooling = Literal["token", "avg", "token+avg", "distilled"]
+Position = Literal["none", "learned_1d", "learned_2d", "sincos_2d"]
+Activation = Literal["gelu", "quick_gelu", "swiglu"]
+Resampling = Literal["bicubic-antialias", "bicubic", "bicubic-align-corners"]
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The BiT ResNet in front of a hybrid ViT.
+
+    Args:
+        layers: Residual units of each stage. The paper's R50 for a 16-pixel grid is `(3, 4, 9)`: the
+            units of the fourth stage moved to the third, so that the map is not halved once more.
+        width: Channels of the root convolution; a stage's output has 4, 8, 16, ... times as many.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1 and appendix B.1;
+        Kolesnikov et al. 2020 (BiT), arXiv:1912.11370.
+    """
+
+    layers: tuple[int, ...]
+    width: int = 64
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring cells of the feature map: 4 after the root, doubled by each stage but the first."""
+        return 4 * 2 ** max(len(self.layers) - 1, 0)
+
+    @property
+    def out_channels(self) -> int:
+        return self.width * 4 * 2 ** (len(self.layers) - 1) if self.layers else self.width
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Everything that defines a `VisionTransformer`.
+
+    Args:
+        image_size: Native input size in pixels, one side or (height, width).
+        patch_size: Size of a patch in pixels, one side or (height, width); with a hybrid stem, in cells of its feature map.
+        in_channels: Colour channels of the input.
+        embed_dim: Width of the tokens.
+        depth: Number of transformer layers.
+        num_heads: Attention heads of a layer; must divide `embed_dim`.
+        mlp_ratio: Hidden width of the MLP over `embed_dim` (for SwiGLU: of each of its two halves).
+        num_classes: Outputs of the head; 0 for none, the model then returns pooled features.
+        class_token: Whether a class token stands first.
+        distillation_token: Whether a distillation token follows the class token (DeiT, arXiv:2012.12877).
+        num_registers: Register tokens between these and the patches (Darcet et al. 2024, arXiv:2309.16588).
+        pooling: What the head sees: the class `token`; the `avg` of the patch tokens; both concatenated
+            (`token+avg`, DINOv2's linear heads); or `distilled`, the mean of a head on the class token and one on
+            the distillation token.
+        position: Position embedding: `none`, `learned_1d` (the usual table), `learned_2d` (a row and a column table,
+            each of half the width) or `sincos_2d` (fixed).
+        position_prefix: How many prefix tokens, from the first, the position table covers; None for all.
+        position_resampling: How the table is interpolated for another grid: timm's antialiased bicubic, the plain
+            one of transformers and DINOv2, or torchvision's with aligned corners.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        qk_norm: Whether queries and keys pass a LayerNorm per head.
+        layer_scale: Initial value of LayerScale (arXiv:2103.17239); None for none.
+        dropout: Rate after position embeddings, attention projections and MLP layers, while training.
+        norm_eps: Epsilon of every LayerNorm.
+        activation: `gelu`, `quick_gelu` (CLIP's x * sigmoid(1.702 x)) or `swiglu`.
+        patch_bias: Whether the patch projection has a bias.
+        pre_norm: Whether a LayerNorm stands before the first layer (CLIP).
+        norm_pooled: Whether the final LayerNorm follows the pooling (timm's `fc_norm`) instead of preceding it.
+        stem: The ResNet of a hybrid model; None for plain patches.
+
+    Raises:
+        InputError: If a value is impossible or two of them contradict each other.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int | tuple[int, int] = 16
+    in_channels: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    class_token: bool = True
+    distillation_token: bool = False
+    num_registers: int = 0
+    pooling: Pooling = "token"
+    position: Position = "learned_1d"
+    position_prefix: int | None = None
+    position_resampling: Resampling = "bicubic-antialias"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    norm_eps: float = 1e-6
+    activation: Activation = "gelu"
+    patch_bias: bool = True
+    pre_norm: bool = False
+    norm_pooled: bool = False
+    stem: ResNetConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            object.__setattr__(self, name, as_pair(getattr(self, name), name))
+        for name in ("in_channels", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.embed_dim % self.num_heads:
+            raise InputError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        self.grid_size(*as_pair(self.image_size, "image_size"))
+        if self.pooling in ("token", "token+avg", "distilled") and not self.class_token:
+            raise InputError(f"pooling {self.pooling!r} needs a class token; set class_token=True or pooling='avg'")
+        if self.pooling == "distilled" and not self.distillation_token:
+            raise InputError("pooling 'distilled' needs a distillation token; set distillation_token=True")
+        if self.position == "sincos_2d" and self.embed_dim % 4:
+            raise InputError(f"position 'sincos_2d' needs an embed_dim divisible by 4, got {self.embed_dim}")
+        if self.position == "learned_2d" and self.embed_dim % 2:
+            raise InputError(f"position 'learned_2d' needs an even embed_dim, got {self.embed_dim}")
+        if not 0 <= self.num_position_prefix_tokens <= self.num_prefix_tokens:
+            raise InputError(
+                f"position_prefix must lie between 0 and the number of prefix tokens, {self.num_prefix_tokens}; "
+                f"got {self.position_prefix}"
+            )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class token, distillation token, registers."""
+        return int(self.class_token) + int(self.distillation_token) + self.num_registers
+
+    @property
+    def num_position_prefix_tokens(self) -> int:
+        """Prefix tokens that the position table covers."""
+        return self.num_prefix_tokens if self.position_prefix is None else self.position_prefix
+
+    @property
+    def patch_stride(self) -> tuple[int, int]:
+        """Height and width in pixels of what one patch token stands for, the stem's stride included."""
+        height, width = as_pair(self.patch_size, "patch_size")
+        stride = self.stem.stride if self.stem else 1
+        return height * stride, width * stride
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of this many pixels.
+
+        Raises:
+            InputError: If the image does not divide into whole patches.
+        """
+        patch_height, patch_width = self.patch_stride
+        if height < 1 or width < 1 or height % patch_height or width % patch_width:
+            raise InputError(
+                f"an image of {height} x {width} pixels does not divide into patches of {patch_height} x {patch_width}; "
+                "resize or crop it to a multiple of the patch size"
+            )
+        return height // patch_height, width // patch_width
+
+    @classmethod
+    def variant(cls, name: str, **overrides: Any) -> ViTConfig:
+        """The configuration of a named size, such as `"B/16"`, `"ViT-L/32"` or the hybrid `"R50+B/16"`.
+
+        Args:
+            name: A size of `VARIANTS`, a slash and the patch size in pixels; `R26+` or `R50+` before it for a hybrid.
+            overrides: Any field of `ViTConfig`.
+
+        Raises:
+            InputError: If the name is not known, or an override is no field.
+        """
+        match = re.fullmatch(r"(?:(R26|R50)\+)?(?:ViT-)?([A-Za-z]+)/(\d+)", name)
+        if match is None or match[2] not in VARIANTS:
+            sizes = ", ".join(f"{size}/16" for size in VARIANTS)
+            raise InputError(f"no ViT variant is called {name!r}; names are {sizes}, any patch size, or R50+B/16 for a hybrid")
+        unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
+        if unknown:
+            raise InputError(f"ViTConfig has no field {', '.join(unknown)}")
+        size, patch = VARIANTS[match[2]], int(match[3])
+        config: dict[str, Any] = dict(
+            embed_dim=size.width, depth=size.layers, num_heads=size.heads, mlp_ratio=size.mlp / size.width, patch_size=patch
+        )
+        if match[1]:
+            key = (match[1], patch)
+            if key not in _RESNET_LAYERS:
+                known = ", ".join(f"{resnet} with /{stride}" for resnet, stride in _RESNET_LAYERS)
+                raise InputError(f"{name!r} is not a hybrid of the papers; known are {known}")
+            config |= dict(stem=ResNetConfig(_RESNET_LAYERS[key]), patch_size=1)
+        return cls(**(config | overrides))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the papers' tables: layers, width, MLP size, heads."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+
+
+# Ti and S: Touvron et al. 2021 (DeiT), arXiv:2012.12877, table 1, and Steiner et al. 2022, arXiv:2106.10270, table 2.
+# B, L, H: Dosovitskiy et al. 2021, arXiv:2010.11929, table 1. g and G: Zhai et al. 2022, arXiv:2106.04560, table 2.
+VARIANTS: dict[str, Variant] = {
+    "Ti": Variant(layers=12, width=192, mlp=768, heads=3),
+    "S": Variant(layers=12, width=384, mlp=1536, heads=6),
+    "B": Variant(layers=12, width=768, mlp=3072, heads=12),
+    "L": Variant(layers=24, width=1024, mlp=4096, heads=16),
+    "H": Variant(layers=32, width=1280, mlp=5120, heads=16),
+    "g": Variant(layers=40, width=1408, mlp=6144, heads=16),
+    "G": Variant(layers=48, width=1664, mlp=8192, heads=16),
+}
+
+# arXiv:2010.11929, appendix B.1 (R50 with a 16-pixel grid); arXiv:2106.10270, section 3.1 (R26 and R50 with 32).
+_RESNET_LAYERS = {("R50", 16): (3, 4, 9), ("R26", 32): (2, 2, 2, 2), ("R50", 32): (3, 4, 6, 3)}
+
+_CHOICES = {
+    name: get_args(hint)
+    for name, hint in get_type_hints(ViTConfig).items()
+    if name in ("pooling", "position", "position_resampling", "activation")
+}
+
+
+def as_pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """(height, width) from one side or both.
+
+    Raises:
+        InputError: If it is neither an int nor two of them, or one is below 1.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+        raise InputError(f"{name} must be a positive int or a pair (height, width) of them, got {size!r}")
+    return pair[0], pair[1]

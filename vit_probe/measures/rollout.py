@@ -1,0 +1,218 @@
+"""Attention rollout: how much of each patch reaches the class token, through all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vit_probe.errors import InputError
+from vit_probe.geometry import TokenGrid
+from vit_probe.hooks import AttentionTile
+from vit_probe.images import Images, Preprocessing
+from vit_probe.results import Result
+from vit_probe.run import AttentionRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["SHOWN_IMAGES", "AttentionRollout", "AttentionRolloutResult", "HeadFusion", "attention_rollout"]
+
+HeadFusion = Literal["mean", "max", "min"]
+_FUSIONS = {"mean": "mean", "max": "amax", "min": "amin"}
+SHOWN_IMAGES = 64
+"""Photographs that a result keeps beside its maps."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionRolloutResult(Result):
+    """A rollout map of every image.
+
+    Args:
+        maps: (image, row, col), the rollout of the class token (or the mean over patches where there is none) onto the
+            patches; not rescaled: what is missing to a sum of 1 went to prefix tokens.
+        images: uint8 (image, height, width, channel), the first 64 images as the model saw them; None if their preprocessing
+            is unknown.
+        names: Name of each image.
+        head_fusion: How the heads of a layer became one.
+        discard_ratio: Part of each layer's entries set to zero.
+    """
+
+    maps: np.ndarray
+    images: np.ndarray | None
+    names: list[str]
+    head_fusion: HeadFusion
+    discard_ratio: float
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a patch of an image: image, name, row, col, rollout."""
+        image, row, col = (index.ravel() for index in np.indices(self.maps.shape))
+        name = np.asarray(self.names, dtype=object)[image]
+        return pd.DataFrame({"image": image, "name": name, "row": row, "col": col, "rollout": self.maps.ravel()})
+
+    def summary(self) -> pd.DataFrame:
+        """One row for each of the first eight images: how much reached its patches in all, and the patch with most."""
+        rows, cols = np.unravel_index(self.maps.reshape(len(self.maps), -1).argmax(axis=1), self.maps.shape[1:])
+        frame = pd.DataFrame(
+            {"image": self.names, "on patches": self.maps.sum(axis=(1, 2)), "peak row": rows, "peak col": cols}
+        )
+        return frame.head(8)
+
+    def plot(self, *, ax: Axes | None = None, kind: Literal["pairs", "heatmap"] = "pairs", count: int = 8) -> Axes:
+        """The first `count` images beside their attention: over black as in the ViT paper, or as a heat map."""
+        from vit_probe.plots import plot_rollout
+
+        return plot_rollout(self.maps[:count], None if self.images is None else self.images[:count], kind=kind, ax=ax)
+
+
+def attention_rollout(
+    model: nn.Module,
+    images: Images,
+    *,
+    head_fusion: HeadFusion = "mean",
+    discard_ratio: float = 0.0,
+    grid: TokenGrid | None = None,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> AttentionRolloutResult:
+    """How attention carries each patch to the class token through all layers.
+
+    Per layer A = 0.5 F + 0.5 I, F the mean over heads, each row divided by its sum; R = A_L ... A_1; the class token's row of
+    R over the patches. Where there is no class token, the mean of the patches' rows. Every image is computed by itself,
+    whatever its batch.
+
+    Args:
+        model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
+        images: Photographs, paths, a preprocessed tensor (batch, channel, height, width), or an iterable of such batches.
+        head_fusion: `mean` is the paper's; `max` and `min` are the additions of the program vit-explain.
+        discard_ratio: In [0, 1), also vit-explain's addition, 0 in the paper: of the entries of F, per image and layer, those
+            outside the class token's column, this part is set to zero, the smallest first, before I is added and rows are
+            normalised.
+        grid: Where the patches lie; read from the model if None.
+        preprocessing: How photographs are prepared; the model's own if None.
+        batch_size: Images a forward pass.
+        device: Where to run: `auto`, `cpu`, `cuda`, `mps`.
+
+    Raises:
+        InputError: If an option is unknown, the images cannot be used, the grid does not fit the attention, or no attention
+        is seen.
+
+    References:
+        Abnar & Zuidema 2020, arXiv:2005.00928, section 3; Dosovitskiy et al. 2021, arXiv:2010.11929, figure 6 and appendix D.8.
+    """
+    run = AttentionRun(
+        model, images, grid=grid, preprocessing=preprocessing, batch_size=batch_size, device=device, keep_images=SHOWN_IMAGES
+    )
+    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
+    run.observe(measure)
+    provenance = run.provenance(head_fusion=head_fusion, discard_ratio=discard_ratio)
+    return measure.compute(provenance, names=run.images.names, images=run.images.kept())
+
+
+class AttentionRollout:
+    """The streaming measure behind `attention_rollout`; an observer for `attention_hooks`.
+
+    Holds one token x token matrix for each image of a batch.
+    """
+
+    def __init__(self, grid: TokenGrid, *, head_fusion: HeadFusion = "mean", discard_ratio: float = 0.0) -> None:
+        if head_fusion not in get_args(HeadFusion):
+            raise InputError(f"head_fusion must be one of {', '.join(get_args(HeadFusion))}; got {head_fusion!r}")
+        if not 0 <= discard_ratio < 1:
+            raise InputError(f"discard_ratio must lie in [0, 1), got {discard_ratio}")
+        self.grid = grid
+        self.head_fusion = head_fusion
+        self.discard_ratio = discard_ratio
+        self._maps: list[np.ndarray] = []
+        self._depths: set[int] = set()  # layers of the batches so far; there must be but one number
+        self._rollouts: list[Tensor] = []  # of the current batch, an image each
+        self._depth = 0
+        self._layer: Tensor | None = None  # fused attention of the current images, filled tile by tile
+
+    def update(self, tile: AttentionTile) -> None:
+        """Adds a tile. Once its images have all their queries, their rollout moves on by a layer."""
+        self.grid.check_tokens(tile.num_tokens)
+        if tile.queries.start == 0:
+            if tile.layer == 0 and tile.images.start == 0:
+                self._finish_batch()
+            count = len(tile.probabilities)
+            self._layer = tile.probabilities.new_empty(count, tile.num_tokens, tile.num_tokens)
+        assert self._layer is not None
+        self._layer[:, tile.queries] = getattr(tile.probabilities, _FUSIONS[self.head_fusion])(dim=1)
+        if tile.queries.stop == tile.num_tokens:
+            self._advance(tile.layer, tile.images)
+
+    def merge(self, other: AttentionRollout) -> None:
+        """Appends the maps of `other`.
+
+        Raises:
+            InputError: If `other` has another grid or other options.
+        """
+        mine, theirs = ((r.grid, r.head_fusion, r.discard_ratio) for r in (self, other))
+        if mine != theirs:
+            raise InputError(f"cannot merge rollouts of (grid, head_fusion, discard_ratio) {theirs} into {mine}")
+        for measure in (self, other):
+            measure._finish_batch()
+        self._maps += other._maps
+        self._depths |= other._depths
+
+    def compute(
+        self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None
+    ) -> AttentionRolloutResult:
+        """The result over all images so far.
+
+        Raises:
+            InputError: If there were none, or some went through fewer layers than others.
+        """
+        self._finish_batch()
+        if len(self._depths) > 1:
+            raise InputError(f"images went through different numbers of layers: {', '.join(map(str, sorted(self._depths)))}")
+        if not self._maps:
+            raise InputError("no attention has been measured yet")
+        maps = np.concatenate(self._maps)
+        return AttentionRolloutResult(
+            maps=maps,
+            images=images,
+            names=names or [f"image {index}" for index in range(len(maps))],
+            head_fusion=self.head_fusion,
+            discard_ratio=self.discard_ratio,
+            provenance=provenance or {},
+        )
+
+    def _advance(self, layer: int) -> None:
+        assert self._layer is not None
+        fused, self._layer = self._layer, None
+        if self.discard_ratio:
+            _discard(fused, self.discard_ratio, protected=int(self.grid.has_cls_token))
+        # A = (F + I) / (row sum of F, + 1), so A R = (F R + R) / (row sum of F, + 1).
+        row_sums = fused.sum(dim=-1, keepdim=True) + 1
+        if layer == 0:
+            fused.diagonal(dim1=1, dim2=2).add_(1)
+            self._rollouts.append(fused / row_sums)
+        else:
+            before = self._rollouts[self._group]
+            self._rollouts[self._group] = torch.baddbmm(before, fused, before).div_(row_sums)
+        self._group += 1
+
+    def _finish_batch(self) -> None:
+        first = self.grid.num_prefix_tokens
+        for rollout in self._rollouts:
+            row = rollout[:, 0, first:] if self.grid.has_cls_token else rollout[:, first:, first:].mean(dim=1)
+            self._maps.append(row.reshape(-1, self.grid.rows, self.grid.cols).cpu().numpy())
+        self._rollouts = []
+
+
+def _discard(fused: Float[Tensor, "image query key"], ratio: float, *, protected: int) -> None:
+    """Sets the smallest entries outside the first `protected` columns to zero, image by image, in place."""
+    for matrix in fused[:, :, protected:]:
+        candidates = matrix.reshape(-1)
+        count = int(ratio * len(candidates))
+        if count:
+            smallest = torch.topk(candidates, count, largest=False, sorted=False).indices
+            matrix[smallest // matrix.shape[1], smallest % matrix.shape[1]] = 0

@@ -1,0 +1,111 @@
+"""How similar the position embeddings of patches are, as a grid of maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from vit_probe.errors import InputError
+from vit_probe.plots.mosaic import centres, inches_per_pixel, mosaic
+from vit_probe.plots.style import WIDTHS, drawing_axes
+
+__all__ = ["plot_position_similarity", "shown_patches"]
+
+_ALL_SHOWN = 14  # patches a side, up to which every one has its tile
+_MOST_TILES = 8
+_MARGINS = (0.48, 0.42, 0.58, 0.26)  # left, bottom, right, top of the picture, in inches
+_LABEL = 1.1  # inches that an axis label takes
+_WIDE = 0.5  # height over width, below which a picture has the whole page
+_LONG_BAR = 1.25  # inches from which the label finds room between the bar's ticks
+_TALLEST = 8.0
+_TOLERANCE = 1e-3
+
+
+def plot_position_similarity(
+    similarity: NDArray[Any], *, tiles: int | None = None, colorbar: bool = True, ax: Axes | None = None
+) -> Axes:
+    """Draw one tile a patch: its cosine similarity with the position embedding of every patch.
+
+    A side of more than 14 patches is shown at evenly spaced ones, first and last included. Ticks give the row and
+    column of the tile's own patch, counted from 1 as in the paper.
+
+    Args:
+        similarity: (row, col, row, col), values in [-1, 1]; the grid need not be square.
+        tiles: At most so many tiles a side; if None, all up to 14, else 6 to 8, whichever spaces them most evenly.
+        colorbar: Whether to add the colour bar, beside the axes.
+        ax: Where to draw; a new figure of a column's width if None.
+
+    Returns:
+        The axes, holding one image: the mosaic, its gaps masked and shown white.
+
+    Raises:
+        InputError: If the shape is another, a value is no cosine, or `tiles` is below 2.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (centre) and figure 10.
+    """
+    values = _checked(similarity)
+    if tiles is not None and tiles < 2:
+        raise InputError(f"cannot show {tiles} tiles a side; give 2 or more, so that the first and the last are among them")
+    rows, cols = (shown_patches(size, tiles) for size in values.shape[:2])
+    gap = max(1, round(max(values.shape[2:]) / 12))
+    picture = mosaic(values[np.ix_(rows, cols)], gap=(gap, gap), fill=np.nan)
+    aspect = picture.shape[0] / picture.shape[1]
+    left, bottom, right, top = _MARGINS if colorbar else (*_MARGINS[:2], 0.05, _MARGINS[3])
+    inches = WIDTHS["neurips" if aspect < _WIDE else "icml"] - left - right
+    height = min(inches * aspect, _TALLEST)
+    spare = max(0.0, _LABEL - height) / 2  # room for labels longer than a low picture is high
+    size = (inches + left + right, height + bottom + top + 2 * spare)
+    scale = inches / picture.shape[1] if ax is None else inches_per_pixel(ax, *picture.shape)
+    with drawing_axes(ax, size, (left, bottom + spare, right, top + spare)) as axes:
+        image = axes.imshow(
+            np.ma.masked_invalid(picture),
+            cmap=mpl.colormaps["viridis"].with_extremes(bad="white"),
+            vmin=-1,
+            vmax=1,
+            interpolation="nearest",
+            aspect="equal",
+        )
+        axes.spines[:].set_visible(False)
+        pitch = (values.shape[2] + gap) * scale, (values.shape[3] + gap) * scale
+        axes.set_yticks(*_ticks(rows, values.shape[2], gap, math.ceil(0.15 / pitch[0])))
+        axes.set_xticks(*_ticks(cols, values.shape[3], gap, math.ceil(0.19 / pitch[1])))
+        axes.set_xlabel("Input patch column")
+        axes.set_ylabel("Input patch row")
+        axes.set_title("Position embedding similarity")
+        if colorbar:
+            thickness = 0.1 / (picture.shape[1] * scale)
+            bar = axes.figure.colorbar(image, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)), ticks=[-1, 1])
+            bar.set_label("Cosine similarity", labelpad=-7 if picture.shape[0] * scale > _LONG_BAR else 2)
+            bar.outline.set_visible(False)
+    return axes
+
+
+def _checked(similarity: NDArray[Any]) -> NDArray[np.float64]:
+    values = np.asarray(similarity, dtype=np.float64)
+    if values.ndim != 4 or values.shape[:2] != values.shape[2:] or 0 in values.shape:
+        raise InputError(f"similarity has shape {values.shape}; it must be (row, col, row, col), the same grid twice")
+    if not (np.abs(values) <= 1 + _TOLERANCE).all():
+        raise InputError(
+            f"similarity ranges from {values.min():.4g} to {values.max():.4g}; cosines lie in [-1, 1]: "
+            "divide the products of embeddings by their lengths"
+        )
+    return values
+
+
+def shown_patches(size: int, tiles: int | None = None) -> NDArray[np.intp]:
+    """Indices of the patches shown along a side, first and last among them."""
+    if tiles is None:
+        even = [count for count in (_MOST_TILES, 7, 6) if (size - 1) % (count - 1) == 0]
+        tiles = size if size <= _ALL_SHOWN else (even or [_MOST_TILES])[0]
+    return np.linspace(0, size - 1, min(size, tiles)).round().astype(np.intp)
+
+
+def _ticks(shown: NDArray[np.intp], size: int, gap: int, step: int) -> tuple[NDArray[np.float64], list[str]]:
+    """Every `step`-th tile's centre, and the number of its patch, from 1."""
+    return centres(len(shown), size, gap)[::step], [str(patch + 1) for patch in shown[::step]]

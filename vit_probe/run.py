@@ -1,0 +1,124 @@
+"""Taking images through a model while measures watch its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vit_probe.errors import InputError
+from vit_probe.geometry import TokenGrid, find_token_grid
+from vit_probe.hooks import AttentionObserver, ForwardStopped, attention_hooks
+from vit_probe.images import Images, ImageStream, Preprocessing
+from vit_probe.results import software_versions, weights_sha256
+
+__all__ = ["AttentionRun", "model_provenance", "select_device"]
+
+
+class AttentionRun:
+    """One pass of images through a model, in evaluation mode, for any number of measures.
+
+    Args:
+        model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
+        images: See `vit_probe.images.Images`.
+        grid: Where the patches lie; read from the model if None.
+        preprocessing: How photographs are prepared; the model's own if None.
+        batch_size: Images a forward pass.
+        device: `auto` takes CUDA or MPS where there is one, else the CPU; or a device of torch.
+        keep_images: How many photographs to keep for display; see `ImageStream.kept`.
+
+    Raises:
+        InputError: If the images cannot be used, or the grid cannot be read from the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        *,
+        grid: TokenGrid | None = None,
+        preprocessing: Preprocessing | None = None,
+        batch_size: int = 16,
+        device: str = "auto",
+        keep_images: int = 0,
+    ) -> None:
+        self.model = model
+        self.device = select_device(device)
+        preprocessing = preprocessing or getattr(model, "preprocessing", None)
+        self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images)
+        self.grid = grid or find_token_grid(model, *self.images.image_size)
+        self.layers: list[str] = []
+        self.skipped: list[str] = []
+
+    def observe(self, *measures: AttentionObserver, progress: Callable[[int], None] | None = None) -> None:
+        """Shows `measures` the attention of every layer on every image; `progress` is told the images of each batch.
+
+        The first batch goes through the whole model; later ones stop after the last layer's attention.
+
+        Raises:
+            InputError: If no self-attention is seen, or a measure cannot use it.
+        """
+        training = {module: module.training for module in self.model.modules()}
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        home = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.model.eval().to(self.device)
+        try:
+            with torch.no_grad(), attention_hooks(self.model, *measures) as hooks:
+                for batch in self.images:
+                    with suppress(ForwardStopped):
+                        self.model(batch.to(self.device, dtype))
+                    hooks.stop_after = len(hooks.layers) - 1
+                    if progress is not None:
+                        progress(len(batch))
+            self.layers, self.skipped = hooks.layers, hooks.skipped
+        finally:
+            self.model.to(home)
+            for module, mode in training.items():
+                module.training = mode
+
+    def provenance(self, **options: Any) -> dict[str, Any]:
+        """Where the numbers of this run come from: model, weights, images, grid, layers, options, versions."""
+        return {
+            "model": model_provenance(self.model),
+            "images": self.images.provenance(),
+            "preprocessing": asdict(self.images.preprocessing) if self.images.preprocessing else None,
+            "grid": asdict(self.grid),
+            "layers": self.layers,
+            "skipped": self.skipped,
+            "options": options,
+            "versions": software_versions(),
+        }
+
+
+def model_provenance(model: nn.Module) -> dict[str, Any]:
+    """Name, class, configuration and hash of the weights."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):  # transformers
+        config = config.to_dict()
+    return {
+        "name": getattr(model, "name", type(model).__name__),
+        "class": type(model).__name__,
+        "config": asdict(config) if is_dataclass(config) and not isinstance(config, type) else config,
+        "weights_sha256": weights_sha256(model),
+    }
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        InputError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no device {name!r} can be used here ({reason}); choose auto, cpu, cuda or mps") from None
+    return device

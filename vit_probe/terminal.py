@@ -1,0 +1,57 @@
+"""What the command line shows: progress, tables, where files lie, complaints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vit_probe.errors import AssumptionWarning
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["complain", "print_table", "progress", "report", "show_warning"]
+
+
+def complain(sentence: str) -> None:
+    """One sentence on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit-probe: {sentence}", markup=False)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    """A `warnings.showwarning` that says what was assumed; other libraries' warnings are not for the user of a command."""
+    if issubclass(category, AssumptionWarning):
+        complain(f"note: {message}")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on standard output, floats with four digits."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    Console(highlight=False).print(table)
+
+
+def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
+    """The summary of a result, and where its files lie."""
+    print_table(list(summary.columns), summary.itertuples(index=False))
+    console = Console(highlight=False, soft_wrap=True)
+    for path in files:
+        console.print(str(path), markup=False)
+
+
+@contextmanager
+def progress(total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, if that is a terminal; yields what is told the number of images done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=total)
+        yield lambda count: bar.advance(task, count)
