@@ -1,4 +1,4 @@
-"""What every test needs: model libraries that import on a CPU-only torch, and two threads at most."""
+"""What every test needs: model libraries that import on a CPU-only torch, and no more threads than cores."""
 
 from __future__ import annotations
 
@@ -30,4 +30,5 @@ def _define_torchvision_operators() -> list[torch.library.Library]:
 
 _LIBRARIES = _define_torchvision_operators()  # kept alive: dropping one takes its operators away
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# One thread a process where pytest-xdist runs several, else two: more only wait for each other.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))

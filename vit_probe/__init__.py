@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_probe.checkpoints import load_model
+    from vit_probe.checkpoints import load_model, save_model
     from vit_probe.config import ResNetConfig, ViTConfig
     from vit_probe.errors import InputError
     from vit_probe.geometry import TokenGrid
@@ -35,10 +35,11 @@ __all__ = [
     "position_similarity",
     "resize_position_embedding",
     "sample_photographs",
+    "save_model",
 ]
 
 _MODULES = {
-    "checkpoints": ("load_model",),
+    "checkpoints": ("load_model", "save_model"),
     "config": ("ResNetConfig", "ViTConfig"),
     "errors": ("InputError",),
     "geometry": ("TokenGrid",),

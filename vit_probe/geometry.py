@@ -111,7 +111,7 @@ def find_token_grid(model: nn.Module, height: int, width: int) -> TokenGrid:
 def _patch_size(model: nn.Module) -> tuple[int, int]:
     embedding = getattr(model, "patch_embed", None)
     named = getattr(embedding, "patch_size", None)
-    if hasattr(embedding, "feat_ratio"):  # timm: pixels a token, the strides of a hybrid's stem included
+    if embedding is not None and hasattr(embedding, "feat_ratio"):  # timm: pixels a token, a hybrid's stem included
         named = embedding.feat_ratio(as_scalar=False)
     if named is None:
         named = getattr(getattr(model, "config", None), "patch_size", None)  # transformers

@@ -180,7 +180,8 @@ class AttentionHooks(TorchFunctionMode):
         last = layer == self.stop_after
         inputs = (query, key, value, attn_mask)
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        nested = any(isinstance(mode, AttentionHooks) for mode in _get_current_function_mode_stack())
+        modes: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        nested = any(isinstance(mode, AttentionHooks) for mode in modes)
         needs_fused = dropout_p > 0 or gradient or nested
         with torch.no_grad():
             q, k, v = _as_the_kernel_sees(query, key, value, enable_gqa)
@@ -272,8 +273,8 @@ def _as_the_kernel_sees(query: Tensor, key: Tensor, value: Tensor, enable_gqa: b
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
     if enable_gqa:
         tensors = [t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in tensors]
-    shape = torch.broadcast_shapes(*(t.shape[:2] for t in tensors))
-    return [t.expand(*shape, -1, -1) for t in tensors]
+    batch, heads = (max(t.shape[axis] for t in tensors) for axis in (0, 1))
+    return [t.expand(batch, heads, -1, -1) for t in tensors]
 
 
 def _bias(mask: Tensor | None, query: Tensor, is_causal: bool) -> Tensor | None:

@@ -113,9 +113,8 @@ def find_images(sources: Sequence[str | Path]) -> list[Path]:
 def sample_photographs(count: int = 128) -> list[Image.Image]:
     """Three photographs that come with installed libraries, then deterministic crops of them, `count` in all.
 
-    `china.jpg` (CC BY 2.0, photograph by Duncan Hull) and `flower.jpg` (CC BY 2.0, photograph by Vultilion) ship with
-    scikit-learn, `grace_hopper.jpg` (public domain, United States Navy) with matplotlib. Each carries its name in
-    `image.info["name"]`.
+    `china.jpg` (by danielbuechele on Flickr, CC BY 2.0) and `flower.jpg` (by vultilion on Flickr, CC BY 2.0) ship with
+    scikit-learn, `grace_hopper.jpg` (public domain) with matplotlib. Each carries its name in `image.info["name"]`.
     """
     import sklearn.datasets
     from matplotlib import cbook

@@ -65,8 +65,8 @@ class AttentionRun:
         training = {module: module.training for module in self.model.modules()}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         home = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self.model.eval().to(self.device)
         try:
+            self.model.eval().to(self.device)
             with torch.no_grad(), attention_hooks(self.model, *measures) as hooks:
                 for batch in self.images:
                     with suppress(ForwardStopped):

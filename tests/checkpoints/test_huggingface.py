@@ -21,6 +21,8 @@ from vit_probe.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
+
 TINY: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 48, "patch_size": 8, "num_labels": 7
 }  # fmt: skip
@@ -82,6 +84,7 @@ def test_a_state_dict_without_configuration(family: str, tmp_path: Path) -> None
     save_file(theirs.state_dict(), tmp_path / "state.safetensors")
     quick = {"activation": "quick_gelu"} if "quick" in family else {}
     ours = load_model(tmp_path / "state.safetensors", num_heads=4, **quick)
+    assert ours.config.norm_eps == theirs.config.layer_norm_eps
     _outputs(ours, theirs, (48, 48))
     _outputs(ours, theirs, (40, 72))
 

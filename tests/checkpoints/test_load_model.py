@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import Checkpoint, load_model
 from vit_probe.config import ResNetConfig, ViTConfig
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.images import Preprocessing
 from vit_probe.vit import VisionTransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
 
 TINY = ViTConfig(image_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=7)
 
@@ -58,8 +60,12 @@ def test_our_own_models_come_back(kind: str, suffix: str, tmp_path: Path) -> Non
 def test_name_and_preprocessing_go_along(tmp_path: Path) -> None:
     save_file(VisionTransformer(TINY).state_dict(), tmp_path / "mine.safetensors")
     assert VisionTransformer(TINY).name == "VisionTransformer"
-    loaded = load_model(str(tmp_path / "mine.safetensors"), num_heads=4)
-    assert (loaded.name, loaded.preprocessing) == ("mine.safetensors", None)
+    with pytest.warns(AssumptionWarning, match=r"ImageNet's mean .* assumed and 48 x 48 pixels cut from a shorter side of 55"):
+        loaded = load_model(str(tmp_path / "mine.safetensors"), num_heads=4)
+    assert loaded.name == "mine.safetensors"
+    assert loaded.preprocessing == Preprocessing((48, 48), 55)
+    save_file(VisionTransformer(replace(TINY, in_channels=2)).state_dict(), tmp_path / "two.safetensors")
+    assert load_model(tmp_path / "two.safetensors", num_heads=4).preprocessing is None
     preprocessing = Preprocessing((48, 48), 55)
     assert Checkpoint(TINY, VisionTransformer(TINY).state_dict(), preprocessing).build().preprocessing is preprocessing
 
@@ -70,13 +76,17 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_model("~/mine.safetensors", num_heads=4).config == TINY
 
 
-def test_build_takes_overrides_and_leaves_out_the_head() -> None:
+def test_no_classes_leaves_out_the_head() -> None:
     model = randomize(VisionTransformer(TINY))
-    built = Checkpoint(TINY, model.state_dict(), None).build(num_classes=0)
+    built = Checkpoint(replace(TINY, num_classes=0), model.state_dict(), None).build()
     with torch.no_grad():
         assert_same(built(images(48)), model.forward_features(images(48))[:, 0], tolerance=1e-12)
+
+
+def test_an_override_that_is_no_field(tmp_path: Path) -> None:
+    save_file(VisionTransformer(TINY).state_dict(), tmp_path / "mine.safetensors")
     with pytest.raises(InputError, match="ViTConfig has no field layers, size"):
-        Checkpoint(TINY, model.state_dict(), None).build(size=3, layers=2)
+        load_model(tmp_path / "mine.safetensors", size=3, layers=2)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

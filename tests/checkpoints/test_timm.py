@@ -24,6 +24,8 @@ from timm.layers import SwiGLUPacked  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
+
 TINY: dict[str, Any] = {
     "img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7, "dynamic_img_size": True
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from vit_probe.checkpoints import google_npz, huggingface, timm, torchvision
 from vit_probe.checkpoints.checkpoint import Checkpoint, check_fields
 from vit_probe.checkpoints.files import TENSOR_SUFFIXES, WEIGHT_FILES, read_arrays, read_folder, read_json, read_tensors
 from vit_probe.checkpoints.hub import PREFIXES, fetch
+from vit_probe.checkpoints.own import read_own, save_model
 from vit_probe.errors import InputError
 from vit_probe.vit import VisionTransformer
 
-__all__ = ["Checkpoint", "load_model"]
+__all__ = ["Checkpoint", "load_model", "save_model"]
 
 
 def load_model(name_or_path: str | Path, **overrides: Any) -> VisionTransformer:
@@ -25,6 +27,7 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> VisionTransformer:
         name_or_path: One of
 
             - a `.npz` file in Google's layout (vision_transformer, plain or hybrid; big_vision);
+            - a `.safetensors` file of `save_model`;
             - a `.safetensors`, `.pt` or `.pth` file with timm's, transformers', torchvision's or our own parameter names
               (read without running pickled code);
             - a folder with `config.json` and weights, as transformers (ViT, DeiT, DINOv2, DINOv2 with registers) or timm
@@ -60,6 +63,8 @@ def _read_path(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         raise InputError(f"{path} is no checkpoint that can be read; known are .npz, {', '.join(TENSOR_SUFFIXES)} and folders")
     if path.name in WEIGHT_FILES and (path.parent / "config.json").is_file():
         return _read_folder(path.parent, overrides)
+    if path.suffix == ".safetensors" and (own := read_own(path)) is not None:
+        return replace(own, config=replace(own.config, **overrides))
     return _read_state(read_tensors(path), path, overrides)
 
 

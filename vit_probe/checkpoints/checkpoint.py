@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,21 +24,21 @@ class Checkpoint:
     Args:
         config: The model's configuration.
         state: Parameters by name.
-        preprocessing: None if the source does not say; the usual one for ImageNet is then assumed, with a warning.
+        preprocessing: None if the source does not say; the usual one for ImageNet is then assumed, with a warning
+            (none for images that are not of three channels).
     """
 
     config: ViTConfig
     state: dict[str, Tensor]
     preprocessing: Preprocessing | None
 
-    def build(self, **overrides: Any) -> VisionTransformer:
-        """The model in evaluation mode, its configuration's fields replaced by `overrides`.
+    def build(self) -> VisionTransformer:
+        """The model in evaluation mode.
 
         Raises:
-            InputError: If an override is no field of `ViTConfig`, or parameters are missing, unexpected or wrongly shaped.
+            InputError: If parameters are missing, unexpected or wrongly shaped.
         """
-        check_fields(overrides)
-        config, state = replace(self.config, **overrides), self.state
+        config, state = self.config, self.state
         if config.num_classes == 0:
             state = {name: value for name, value in state.items() if not name.startswith("head")}
         with torch.device("meta"):
@@ -61,7 +60,9 @@ class Checkpoint:
         if found:
             raise InputError(f"the checkpoint does not fit the model it describes; {'; '.join(found)}")
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-        model.preprocessing = self.preprocessing or _assumed(config)
+        model.preprocessing = self.preprocessing
+        if self.preprocessing is None and config.in_channels == 3:
+            model.preprocessing = _assumed(config)
         return model.eval()
 
 
@@ -70,7 +71,7 @@ def _assumed(config: ViTConfig) -> Preprocessing:
     preprocessing = Preprocessing(size, round(max(size) * 256 / 224))
     warnings.warn(
         "the checkpoint does not say how photographs are prepared for it; ImageNet's mean and standard deviation are assumed "
-        f"and {size[0]} x {size[1]} pixels cut from a shorter side of {preprocessing.resize}: set model.preprocessing if not so",
+        f"and {size[0]} x {size[1]} pixels cut from a shorter side of {preprocessing.resize}: else set model.preprocessing",
         AssumptionWarning,
         stacklevel=4,
     )

@@ -103,7 +103,7 @@ def _num_heads(state: Mapping[str, Tensor], width: int) -> int:
     if width not in _HEADS:
         raise InputError(
             f"the number of attention heads cannot be told from the checkpoint (a width of {width} is no published "
-            "model's); pass num_heads="
+            "model's); pass num_heads= to load_model"
         )
     return _HEADS[width]
 

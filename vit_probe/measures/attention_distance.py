@@ -160,11 +160,11 @@ class AttentionDistance:
         Raises:
             InputError: If `other` measures on another grid, with another `prefix`, or other layers and heads.
         """
-        if not self._sums:
-            self._sums = [_Sums.zero(len(layer.squares)) for layer in other._sums]
         mine, theirs = ((m.grid, m.prefix, [len(layer.squares) for layer in m._sums]) for m in (self, other))
-        if mine != theirs and (mine[:2] != theirs[:2] or other._sums):
+        if mine[:2] != theirs[:2] or (self._sums and other._sums and mine != theirs):
             raise InputError(f"cannot merge distances of (grid, prefix, heads of each layer) {theirs} into {mine}")
+        if not self._sums:
+            self._sums = [_Sums.zero(heads) for heads in theirs[2]]
         for layer, added in zip(self._sums, other._sums, strict=False):
             layer.merge(added)
 

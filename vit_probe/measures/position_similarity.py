@@ -87,7 +87,7 @@ def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, 
         if own is None:
             raise InputError("this model has no position embedding (position='none'); there is nothing to compare")
         return own
-    names = ("pos_embed", "position_embeddings", "pos_embedding", "position_embedding.weight")
+    names = ("pos_embed", "position_embeddings", "pos_embedding", "position_embedding.weight", "positional_embedding")
     tables = [parameter for name, parameter in model.named_parameters() if name.endswith(names)]
     size = getattr(getattr(model, "config", model), "image_size", None) or getattr(
         getattr(model, "patch_embed", None), "img_size", None

@@ -132,7 +132,7 @@ class AttentionRollout:
         self._maps: list[np.ndarray] = []
         self._depths: set[int] = set()  # layers of the batches so far; there must be but one number
         self._rollouts: list[Tensor] = []  # of the current batch, an image each
-        self._depth = 0
+        self._reached: list[int] = []  # how many layers each of them has gone through
         self._layer: Tensor | None = None  # fused attention of the current images, filled tile by tile
 
     def update(self, tile: AttentionTile) -> None:
@@ -185,7 +185,7 @@ class AttentionRollout:
             provenance=provenance or {},
         )
 
-    def _advance(self, layer: int) -> None:
+    def _advance(self, layer: int, images: slice) -> None:
         assert self._layer is not None
         fused, self._layer = self._layer, None
         if self.discard_ratio:
@@ -194,18 +194,21 @@ class AttentionRollout:
         row_sums = fused.sum(dim=-1, keepdim=True) + 1
         if layer == 0:
             fused.diagonal(dim1=1, dim2=2).add_(1)
-            self._rollouts.append(fused / row_sums)
+            after = fused / row_sums
         else:
-            before = self._rollouts[self._group]
-            self._rollouts[self._group] = torch.baddbmm(before, fused, before).div_(row_sums)
-        self._group += 1
+            before = torch.stack(self._rollouts[images])
+            after = torch.baddbmm(before, fused, before).div_(row_sums)
+        self._rollouts[images] = after.unbind()
+        self._reached[images] = [layer + 1] * len(after)
 
     def _finish_batch(self) -> None:
+        if not self._rollouts:
+            return
         first = self.grid.num_prefix_tokens
-        for rollout in self._rollouts:
-            row = rollout[:, 0, first:] if self.grid.has_cls_token else rollout[:, first:, first:].mean(dim=1)
-            self._maps.append(row.reshape(-1, self.grid.rows, self.grid.cols).cpu().numpy())
-        self._rollouts = []
+        rows = [r[0, first:] if self.grid.has_cls_token else r[first:, first:].mean(dim=0) for r in self._rollouts]
+        self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).cpu().numpy())
+        self._depths |= set(self._reached)
+        self._rollouts, self._reached = [], []
 
 
 def _discard(fused: Float[Tensor, "image query key"], ratio: float, *, protected: int) -> None:

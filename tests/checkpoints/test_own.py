@@ -1,0 +1,56 @@
+"""Our own models, saved and read back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vit_probe import InputError, Preprocessing, ResNetConfig, VisionTransformer, ViTConfig, load_model, save_model
+
+CONFIGS = {
+    "heads that the width does not tell": ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=192, depth=1, num_heads=6),
+    "learned_2d": ViTConfig(image_size=32, patch_size=(8, 16), embed_dim=32, depth=2, num_heads=4, position="learned_2d"),
+    "sincos_2d": ViTConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, position="sincos_2d"),
+    "hybrid": ViTConfig(
+        image_size=64, patch_size=1, embed_dim=32, depth=1, num_heads=2, stem=ResNetConfig((1, 1, 1), width=32), num_registers=2
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_model_comes_back_as_it_was(config: ViTConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(config).eval()
+    torch.nn.init.normal_(model.head.weight)
+    model.preprocessing = Preprocessing(size=(32, 48), resize=(40, 60), mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+    again = load_model(save_model(model, tmp_path / "mine.safetensors"))
+    assert again.config == config
+    assert again.preprocessing == model.preprocessing
+    assert again.name == "mine.safetensors"
+    images = torch.rand(2, 3, *config.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
+
+
+def test_half_precision_is_half_the_file(tmp_path: Path) -> None:
+    model = VisionTransformer(CONFIGS["learned_2d"])
+    whole = save_model(model, tmp_path / "whole.safetensors").stat().st_size
+    half = save_model(model.half(), tmp_path / "half.safetensors")
+    assert half.stat().st_size < 0.6 * whole
+    assert load_model(half).blocks[0].norm1.weight.dtype == torch.float32
+
+
+def test_an_override_goes_before_the_file(tmp_path: Path) -> None:
+    model = VisionTransformer(CONFIGS["learned_2d"])
+    path = save_model(model, tmp_path / "mine.safetensors")
+    assert load_model(path, num_classes=0).config == replace(model.config, num_classes=0)
+    with pytest.raises(InputError, match=r"missing: blocks\.2\."):
+        load_model(path, depth=3)
+
+
+def test_another_ending(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"saved as \.safetensors, got the path .*mine\.pt"):
+        save_model(VisionTransformer(CONFIGS["learned_2d"]), tmp_path / "mine.pt")

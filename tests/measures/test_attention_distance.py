@@ -1,0 +1,325 @@
+"""Mean attention distance against the literal reference, closed forms and its own invariances."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+
+from tests import reference
+from tests.measures.tiles import feed, grids, identity_attention, random_attention, tilings, uniform_attention
+from tests.models import FAMILIES, expected_attention, images, small_vit
+from vit_probe import InputError, TokenGrid, attention_hooks, load_result, mean_attention_distance
+from vit_probe.measures import AttentionDistance, AttentionDistanceResult
+
+GRID = TokenGrid(3, 4, (8, 6), 2, True)
+PREFIXES = ["renormalize", "drop"]
+
+
+def expected(attention: np.ndarray, grid: TokenGrid, prefix: str) -> reference.AttentionDistance:
+    return reference.mean_attention_distance(
+        attention, grid.rows, grid.cols, grid.patch_size, grid.num_prefix_tokens, prefix, ddof=1
+    )
+
+
+def agrees(result: AttentionDistanceResult, attention: np.ndarray, grid: TokenGrid, prefix: str, rtol: float = 1e-5) -> None:
+    slow = expected(attention, grid, prefix)
+    scale = max(grid.uniform_distance(), 1e-6)
+    np.testing.assert_allclose(result.distance, slow.mean, rtol=0, atol=rtol * scale)
+    np.testing.assert_allclose(result.std, slow.std, rtol=0, atol=rtol * scale)
+    np.testing.assert_allclose(result.patch_mass, slow.patch_mass, rtol=0, atol=rtol)
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@settings(max_examples=30, deadline=None)
+@given(grid=grids, batch=st.integers(1, 4), tiling=tilings, seed=st.integers(0, 99))
+def test_random_attention_in_any_tiles(prefix: str, grid: TokenGrid, batch: int, tiling: dict, seed: int) -> None:
+    attention = random_attention(grid, batch=batch, seed=seed)
+    result = feed(AttentionDistance(grid, prefix=prefix), attention, **tiling).compute()
+    agrees(result, attention, grid, prefix)
+    assert (result.num_images, result.prefix) == (batch, prefix)
+    assert result.uniform_distance == pytest.approx(reference.uniform_distance(grid.rows, grid.cols, grid.patch_size))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_every_family(name: str, prefix: str) -> None:
+    family = FAMILIES[name]
+    model, x = family.model(), family.images()
+    attention = expected_attention(model, x)
+    result = mean_attention_distance(model, x, prefix=prefix, batch_size=2, device="cpu")
+    agrees(result, attention, family.grid, prefix)
+    assert result.distance.std() > 0.02  # heads differ, so that the comparison means something
+
+
+def test_the_two_modes_differ_where_there_are_prefix_tokens_only() -> None:
+    attention = random_attention(GRID)
+    renormalized, dropped = (feed(AttentionDistance(GRID, prefix=prefix), attention).compute() for prefix in PREFIXES)
+    assert (renormalized.distance > dropped.distance + 0.5).all()
+    bare = TokenGrid(3, 4, (8, 6), 0, False)
+    attention = random_attention(bare)
+    renormalized, dropped = (feed(AttentionDistance(bare, prefix=prefix), attention).compute() for prefix in PREFIXES)
+    np.testing.assert_allclose(renormalized.distance, dropped.distance, rtol=1e-6)
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_identity_attention_has_distance_zero(prefix: str) -> None:
+    result = feed(AttentionDistance(GRID, prefix=prefix), identity_attention(GRID)).compute()
+    assert (result.distance == 0).all()
+    assert (result.std == 0).all()
+    assert (result.patch_mass == 1).all()
+
+
+def test_uniform_attention_has_the_grids_uniform_distance() -> None:
+    renormalized, dropped = (feed(AttentionDistance(GRID, prefix=p), uniform_attention(GRID)).compute() for p in PREFIXES)
+    np.testing.assert_allclose(renormalized.distance, GRID.uniform_distance(), rtol=1e-6)
+    np.testing.assert_allclose(dropped.distance, GRID.uniform_distance() * 12 / 14, rtol=1e-6)
+    np.testing.assert_allclose(renormalized.patch_mass, 12 / 14, rtol=1e-6)
+    assert renormalized.uniform_distance == dropped.uniform_distance == GRID.uniform_distance()
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("left", [0.0, 1e-45, 1e-38])
+def test_all_attention_on_the_class_token_stays_finite(prefix: str, left: float) -> None:
+    attention = np.full((1, 2, 2, 14, 14), left)
+    attention[..., 0] = 1
+    result = feed(AttentionDistance(GRID, prefix=prefix), attention).compute()
+    assert (result.patch_mass < 1e-36).all()
+    assert np.isfinite(result.distance).all()
+    assert (result.distance <= GRID.uniform_distance() + 1e-3).all()
+    assert (result.distance == 0).all() or left > 0
+
+
+def test_a_small_mass_is_rescaled_in_full() -> None:
+    attention = np.full((1, 2, 2, 14, 14), 1e-30)
+    attention[..., 0] = 1
+    result = feed(AttentionDistance(GRID), attention).compute()
+    np.testing.assert_allclose(result.distance, GRID.uniform_distance(), rtol=1e-5)
+
+
+def test_only_patches_ask() -> None:
+    attention = random_attention(GRID)
+    other = attention.copy()
+    other[..., :2, :] = 1 / 14
+    first, second = (feed(AttentionDistance(GRID), a).compute() for a in (attention, other))
+    np.testing.assert_array_equal(first.distance, second.distance)
+
+
+def test_the_spread_does_not_cancel() -> None:
+    """Images that differ by a millionth: a sum of squares less a squared sum would lose all of it."""
+    attention = np.repeat(random_attention(GRID, batch=1), 6, axis=1)
+    attention[:, :, :, 2:, 0] += np.linspace(0, 1e-6, 6)[:, None, None]
+    result = feed(AttentionDistance(GRID), attention, batch_size=2, dtype=torch.float64).compute()
+    slow = expected(attention, GRID, "drop")
+    mass = feed(AttentionDistance(GRID, prefix="drop"), attention, batch_size=4, dtype=torch.float64).compute()
+    np.testing.assert_allclose(mass.std, slow.std, atol=1e-9)
+    np.testing.assert_allclose(result.std, expected(attention, GRID, "renormalize").std, atol=1e-9)
+    noisy = attention + np.linspace(0, 1e-6, 6)[:, None, None, None] * np.arange(14)
+    result = feed(AttentionDistance(GRID), noisy, batch_size=2, dtype=torch.float64).compute()
+    np.testing.assert_allclose(result.std, expected(noisy, GRID, "renormalize").std, rtol=1e-3)
+    assert (result.std > 1e-8).all()
+
+
+# Properties
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(5)), tiling=tilings)
+def test_the_order_of_images_and_the_batches_change_nothing(order: list[int], tiling: dict) -> None:
+    attention = random_attention(GRID, batch=5)
+    first = feed(AttentionDistance(GRID), attention).compute()
+    second = feed(AttentionDistance(GRID), attention[:, order], **tiling).compute()
+    for name in ("distance", "std", "patch_mass"):
+        np.testing.assert_allclose(getattr(second, name), getattr(first, name), rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(4)), cuts=st.lists(st.integers(0, 6), min_size=3, max_size=3).map(sorted))
+def test_shards_merge_in_any_order(order: list[int], cuts: list[int]) -> None:
+    attention = random_attention(GRID, batch=6)
+    whole = feed(AttentionDistance(GRID), attention).compute()
+    bounds = [0, *cuts, 6]
+    shards = [feed(AttentionDistance(GRID), attention[:, bounds[i] : bounds[i + 1]]) for i in order]  # some of them empty
+    for shard in shards[1:]:
+        shards[0].merge(shard)
+    merged = shards[0].compute()
+    assert merged.num_images == 6
+    for name in ("distance", "std", "patch_mass"):
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-6)
+
+
+def test_a_merged_shard_is_left_as_it_was() -> None:
+    one, other = (feed(AttentionDistance(GRID), random_attention(GRID, seed=seed)) for seed in (1, 2))
+    before = other.compute()
+    one.merge(other)
+    feed(one, random_attention(GRID, seed=3))
+    np.testing.assert_array_equal(other.compute().distance, before.distance)
+    assert other.compute().num_images == 3
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 600, 5000, 1 << 20])
+def test_the_tile_size_changes_nothing(tile_bytes: int) -> None:
+    model, x = small_vit(num_registers=1), images()
+    grid = model.token_grid(24, 24)
+    with torch.no_grad(), attention_hooks(model, measure := AttentionDistance(grid), tile_bytes=tile_bytes):
+        model(x)
+    agrees(measure.compute(), expected_attention(model, x), grid, "renormalize")
+
+
+def test_one_image_has_no_spread() -> None:
+    result = mean_attention_distance(small_vit(), images(batch=1), device="cpu")
+    assert result.num_images == 1
+    assert np.isnan(result.std).all()
+    assert np.isfinite(result.distance).all()
+
+
+def test_an_interrupted_image_does_not_count() -> None:
+    attention = random_attention(GRID)
+    measure = feed(AttentionDistance(GRID), attention)
+    before = measure.compute()
+    with pytest.raises(RuntimeError):
+        feed(_FailsAfter(measure, tiles=1), attention, rows=5)
+    after = measure.compute()
+    np.testing.assert_array_equal(after.distance, before.distance)
+    agrees(feed(measure, attention).compute(), np.concatenate([attention, attention], axis=1), GRID, "renormalize")
+
+
+class _FailsAfter:
+    def __init__(self, measure: AttentionDistance, tiles: int) -> None:
+        self.measure, self.tiles = measure, tiles
+
+    def update(self, tile) -> None:
+        if self.tiles == 0:
+            raise RuntimeError("interrupted")
+        self.tiles -= 1
+        self.measure.update(tile)
+
+
+def test_non_square_images_and_another_resolution() -> None:
+    model, x = small_vit(), images(16, 36)
+    result = mean_attention_distance(model, x, device="cpu")
+    grid = TokenGrid(2, 6, (8, 6), 1, True)
+    agrees(result, expected_attention(model, x), grid, "renormalize")
+    assert result.provenance["grid"]["cols"] == 6
+
+
+# The result
+
+
+@pytest.fixture(scope="module")
+def result() -> AttentionDistanceResult:
+    return mean_attention_distance(small_vit(depth=3), images(), device="cpu")
+
+
+def test_dataframe_has_a_row_a_head(result: AttentionDistanceResult) -> None:
+    frame = result.to_dataframe()
+    assert list(frame) == ["layer", "head", "distance", "std", "patch_mass", "uniform_distance", "num_images"]
+    assert frame[["layer", "head"]].to_numpy().tolist() == [[layer, head] for layer in range(3) for head in range(2)]
+    row = frame[(frame.layer == 2) & (frame["head"] == 1)].iloc[0]
+    assert (row.distance, row["std"], row.patch_mass) == (result.distance[2, 1], result.std[2, 1], result.patch_mass[2, 1])
+    assert set(frame.uniform_distance) == {result.uniform_distance}
+    assert set(frame.num_images) == {3}
+
+
+def test_summary_has_a_row_a_layer(result: AttentionDistanceResult) -> None:
+    summary = result.summary()
+    np.testing.assert_allclose(summary["mean distance (px)"], result.distance.mean(1))
+    np.testing.assert_allclose(summary["nearest head"], result.distance.min(1))
+    np.testing.assert_allclose(summary["farthest head"], result.distance.max(1))
+    np.testing.assert_allclose(summary["patch mass"], result.patch_mass.mean(1))
+
+
+def test_plot_returns_axes(result: AttentionDistanceResult) -> None:
+    from matplotlib.figure import Figure
+
+    ax = Figure().add_subplot()
+    assert result.plot(ax=ax, spread=True) is ax
+    assert isinstance(result.plot(), Axes)
+
+
+def test_saved_and_read_back(result: AttentionDistanceResult, tmp_path) -> None:
+    again = load_result(result.save(tmp_path / "distance.safetensors"))
+    assert isinstance(again, AttentionDistanceResult)
+    for name in ("distance", "std", "patch_mass"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+    assert (again.uniform_distance, again.num_images, again.prefix) == (result.uniform_distance, 3, "renormalize")
+    assert again.provenance == result.provenance
+    assert again.provenance["options"] == {"prefix": "renormalize"}
+    assert again.to_dataframe().equals(result.to_dataframe())
+
+
+# Errors
+
+
+def test_an_unknown_prefix() -> None:
+    with pytest.raises(InputError, match="prefix must be one of renormalize, drop; got 'keep'"):
+        mean_attention_distance(small_vit(), images(), prefix="keep", device="cpu")  # type: ignore[arg-type]
+
+
+def test_a_grid_that_does_not_fit() -> None:
+    with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14; pass the grid"):
+        mean_attention_distance(small_vit(), images(), grid=GRID, device="cpu")
+
+
+def test_a_grid_that_is_given_is_used() -> None:
+    grid = TokenGrid(4, 3, (80, 60), 1, True)
+    result = mean_attention_distance(small_vit(), images(), grid=grid, device="cpu")
+    assert result.uniform_distance == grid.uniform_distance()
+    agrees(result, expected_attention(small_vit(), images()), grid, "renormalize")
+
+
+def test_nothing_measured() -> None:
+    with pytest.raises(InputError, match="no attention has been measured yet"):
+        AttentionDistance(GRID).compute()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        feed(AttentionDistance(GRID, prefix="drop"), random_attention(GRID)),
+        feed(AttentionDistance(replace(GRID, patch_size=(8, 8))), random_attention(GRID)),
+        feed(AttentionDistance(GRID), random_attention(GRID, layers=3)),
+        feed(AttentionDistance(GRID), random_attention(GRID, heads=1)),
+        AttentionDistance(GRID, prefix="drop"),
+    ],
+)
+def test_shards_that_do_not_belong_together(other: AttentionDistance) -> None:
+    measure = feed(AttentionDistance(GRID), random_attention(GRID))
+    before = measure.compute()
+    with pytest.raises(InputError, match="cannot merge distances"):
+        measure.merge(other)
+    np.testing.assert_array_equal(measure.compute().distance, before.distance)
+    empty = AttentionDistance(replace(GRID, num_prefix_tokens=3))
+    with pytest.raises(InputError, match="cannot merge distances"):
+        empty.merge(measure)
+    with pytest.raises(InputError, match="no attention"):
+        empty.compute()
+
+
+def test_layers_of_different_heads_make_no_table() -> None:
+    measure = AttentionDistance(GRID)
+    for layer, heads in enumerate((2, 3)):
+        attention = random_attention(GRID, layers=layer + 1, heads=heads)
+        feed(_Only(measure, layer), attention)
+    with pytest.raises(InputError, match="layers differ in heads or images \\(2 heads on 3 images, 3 heads on 3 images\\)"):
+        measure.compute()
+
+
+class _Only:
+    def __init__(self, measure: AttentionDistance, layer: int) -> None:
+        self.measure, self.layer = measure, layer
+
+    def update(self, tile) -> None:
+        if tile.layer == self.layer:
+            self.measure.update(tile)

@@ -1,0 +1,187 @@
+"""Similarity of position embeddings against the literal reference, for every kind of table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from torch import nn
+
+from tests import reference
+from tests.models import FAMILIES, small_vit, transformers_vit
+from vit_probe import InputError, load_result, position_similarity
+from vit_probe.measures import PositionSimilarityResult
+
+TABLES = {
+    "ours": "pos_embed",
+    "timm": "pos_embed",
+    "timm-registers": "pos_embed",
+    "timm-gap": "pos_embed",
+    "timm-eva02": "pos_embed",
+    "transformers-vit": "embeddings.position_embeddings",
+    "transformers-siglip": "embeddings.position_embedding.weight",
+    "torchvision": "encoder.pos_embedding",
+}
+
+
+def agrees(result: PositionSimilarityResult, table: torch.Tensor, rows: int, cols: int) -> None:
+    expected = reference.position_similarity(table.detach().double().numpy(), rows, cols)
+    assert result.similarity.shape == (rows, cols, rows, cols)
+    np.testing.assert_allclose(result.similarity, expected, rtol=0, atol=1e-6)
+    assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_every_library(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    tables = [parameter for path, parameter in model.named_parameters() if path.endswith(TABLES[name])]
+    table = tables[0].reshape(-1, tables[0].shape[-1])
+    prefix = len(table) - family.grid.num_patches
+    assert prefix in (0, family.grid.num_prefix_tokens)
+    agrees(position_similarity(model), table[prefix:], family.grid.rows, family.grid.cols)
+
+
+def test_the_native_grid_of_a_table_is_used() -> None:
+    model = FAMILIES["transformers-dinov2"].model()  # native images of 32 x 32 pixels
+    agrees(position_similarity(model), model.embeddings.position_embeddings[0, 1:], 4, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_registers": 2}, {"num_registers": 2, "position_prefix": 1}])
+def test_our_learned_table(options: dict) -> None:
+    model = small_vit(**options)
+    agrees(position_similarity(model), model.pos_embed[0, -12:], 3, 4)
+
+
+def test_our_learned_row_and_column_tables() -> None:
+    model = small_vit(position="learned_2d")
+    row, col = model.pos_embed.row[0], model.pos_embed.col[0]
+    table = torch.stack([torch.cat([col[c], row[r]]) for r in range(3) for c in range(4)])
+    agrees(position_similarity(model), table, 3, 4)
+
+
+def test_our_sine_cosine_table() -> None:
+    from vit_probe import VisionTransformer, ViTConfig
+
+    model = VisionTransformer(
+        ViTConfig(image_size=(24, 32), patch_size=8, embed_dim=16, depth=1, num_heads=2, position="sincos_2d")
+    )
+    result = position_similarity(model)
+    agrees(result, torch.tensor(reference.sincos_2d(3, 4, 16)), 3, 4)
+    # Stationary: it depends on the offset alone.
+    np.testing.assert_allclose(result.similarity[0, 0, 1, 2], result.similarity[1, 1, 2, 3], atol=1e-6)
+
+
+def test_a_resized_model_is_measured_as_resized() -> None:
+    model = small_vit().resize((40, 12))
+    agrees(position_similarity(model), model.pos_embed[0, 1:], 5, 2)
+
+
+class Clip(nn.Module):
+    """The names and shapes of open_clip's vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = (16, 24)
+        self.conv1 = nn.Conv2d(3, 8, 8, 8, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(8))
+        self.positional_embedding = nn.Parameter(torch.randn(7, 8))
+
+
+def test_the_table_of_open_clip() -> None:
+    model = Clip()
+    agrees(position_similarity(model), model.positional_embedding[1:], 2, 3)
+
+
+def test_similarity_is_symmetric_with_ones_on_its_diagonal() -> None:
+    similarity = position_similarity(small_vit()).similarity.reshape(12, 12)
+    np.testing.assert_array_equal(similarity, similarity.T)
+    np.testing.assert_allclose(np.diag(similarity), 1, atol=1e-6)
+    assert abs(similarity).max() <= 1
+
+
+def test_an_empty_entry_is_similar_to_nothing() -> None:
+    model = small_vit()
+    with torch.no_grad():
+        model.pos_embed[0, 3] = 0
+    similarity = position_similarity(model).similarity
+    assert (similarity[0, 2] == 0).all()
+    assert np.isfinite(similarity).all()
+
+
+# The result
+
+
+def test_dataframe_has_a_row_a_pair() -> None:
+    result = position_similarity(small_vit())
+    frame = result.to_dataframe()
+    assert list(frame) == ["row", "col", "other_row", "other_col", "similarity"]
+    assert len(frame) == 144
+    for row, col, other_row, other_col in ((0, 0, 0, 0), (2, 1, 0, 3), (1, 3, 2, 2)):
+        query = (frame.row == row) & (frame.col == col) & (frame.other_row == other_row) & (frame.other_col == other_col)
+        assert frame[query].similarity.tolist() == [result.similarity[row, col, other_row, other_col]]
+
+
+def test_summary_of_neighbours() -> None:
+    result = position_similarity(small_vit())
+    s = result.similarity
+    pairs = [s[r, c, r, c + 1] for r in range(3) for c in range(3)] + [s[r, c, r + 1, c] for r in range(2) for c in range(4)]
+    (row,) = result.summary().to_dict("records")
+    assert row["grid"] == "3 x 4"
+    assert row["neighbours"] == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert row["all pairs"] == pytest.approx(s.mean())
+    assert row["lowest"] == s.min()
+
+
+def test_summary_of_a_single_patch() -> None:
+    result = position_similarity(small_vit(image_size=(8, 6)))
+    assert np.isnan(result.summary().neighbours[0])
+
+
+def test_plot_returns_axes() -> None:
+    from matplotlib.figure import Figure
+
+    ax = Figure().add_subplot()
+    assert position_similarity(small_vit()).plot(ax=ax) is ax
+    assert isinstance(position_similarity(small_vit()).plot(), Axes)
+
+
+def test_saved_and_read_back(tmp_path) -> None:
+    result = position_similarity(small_vit())
+    again = load_result(result.save(tmp_path / "positions.safetensors"))
+    assert isinstance(again, PositionSimilarityResult)
+    np.testing.assert_array_equal(again.similarity, result.similarity)
+    assert again.provenance == result.provenance
+    assert again.provenance["grid"] == {"rows": 3, "cols": 4}
+    assert again.provenance["model"]["class"] == "VisionTransformer"
+
+
+# Errors
+
+
+def test_our_model_without_positions() -> None:
+    with pytest.raises(InputError, match=r"no position embedding \(position='none'\); there is nothing"):
+        position_similarity(small_vit(position="none"))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FAMILIES["timm-dinov3"].model(),
+        lambda: FAMILIES["timm-beit"].model(),
+        lambda: transformers_vit("DINOv3ViT"),
+        lambda: nn.Linear(2, 2),
+    ],
+)
+def test_rotary_and_relative_positions_hold_no_table(build) -> None:
+    model = build()
+    with pytest.raises(InputError, match=f"{type(model).__name__} holds no table.*instead, with mean_attention_distance"):
+        position_similarity(model)
+
+
+def test_a_table_that_is_too_short() -> None:
+    model = Clip()
+    model.image_size = (32, 32)
+    with pytest.raises(InputError, match=r"position table of Clip has 7 entries, but TokenGrid\(rows=4, cols=4.*more patches"):
+        position_similarity(model)

@@ -1,0 +1,305 @@
+"""Attention rollout against the literal reference, closed forms and its own invariances."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from torch import nn
+from torch.nn import functional as F
+
+from tests import reference
+from tests.measures.tiles import feed, grids, identity_attention, random_attention, tilings, uniform_attention
+from tests.models import FAMILIES, expected_attention, images, small_vit
+from vit_probe import InputError, Preprocessing, TokenGrid, attention_hooks, attention_rollout, load_result
+from vit_probe.measures import AttentionRollout, AttentionRolloutResult
+
+GRID = TokenGrid(3, 4, (8, 6), 2, True)
+BARE = TokenGrid(3, 4, (8, 6), 1, False)
+FUSIONS = ["mean", "max", "min"]
+
+
+def expected(attention: np.ndarray, grid: TokenGrid, fusion: str = "mean", ratio: float = 0.0) -> np.ndarray:
+    matrices = reference.rollout(attention, fusion, ratio, has_cls_token=grid.has_cls_token)
+    return reference.rollout_map(matrices, grid.rows, grid.cols, grid.num_prefix_tokens, grid.has_cls_token)
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("grid", [GRID, BARE], ids=["class token", "none"])
+def test_fusion_and_discarding(fusion: str, ratio: float, grid: TokenGrid) -> None:
+    attention = random_attention(grid, layers=3, heads=3)
+    result = feed(AttentionRollout(grid, head_fusion=fusion, discard_ratio=ratio), attention, images=2, rows=5).compute()
+    np.testing.assert_allclose(result.maps, expected(attention, grid, fusion, ratio), rtol=0, atol=1e-6)
+    assert (result.head_fusion, result.discard_ratio) == (fusion, ratio)
+    if ratio or fusion != "mean":  # the option matters
+        assert abs(result.maps - expected(attention, grid)).max() > 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(grid=grids, batch=st.integers(1, 4), tiling=tilings, ratio=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 99))
+def test_random_attention_in_any_tiles(grid: TokenGrid, batch: int, tiling: dict, ratio: float, seed: int) -> None:
+    attention = random_attention(grid, layers=3, batch=batch, seed=seed)
+    result = feed(AttentionRollout(grid, discard_ratio=ratio), attention, **tiling).compute()
+    np.testing.assert_allclose(result.maps, expected(attention, grid, ratio=ratio), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_every_family(name: str) -> None:
+    family = FAMILIES[name]
+    model, x = family.model(), family.images()
+    attention = expected_attention(model, x)
+    for fusion, ratio in (("mean", 0.0), ("max", 0.9)):
+        result = attention_rollout(model, x, head_fusion=fusion, discard_ratio=ratio, batch_size=2, device="cpu")
+        np.testing.assert_allclose(result.maps, expected(attention, family.grid, fusion, ratio), rtol=0, atol=1e-6)
+        assert result.maps.std(axis=(1, 2)).min() > 1e-3
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_identity_attention_reaches_nothing_from_the_class_token(fusion: str) -> None:
+    result = feed(AttentionRollout(GRID, head_fusion=fusion), identity_attention(GRID)).compute()
+    np.testing.assert_array_equal(result.maps, np.zeros((3, 3, 4)))
+    result = feed(AttentionRollout(BARE, head_fusion=fusion), identity_attention(BARE)).compute()
+    np.testing.assert_allclose(result.maps, np.full((3, 3, 4), 1 / 12), rtol=1e-6)
+
+
+def test_uniform_attention_draws_on_all_tokens_alike() -> None:
+    result = feed(AttentionRollout(GRID), uniform_attention(GRID)).compute()
+    # A = I / 2 + U / 2, U the mean over tokens: A A = I / 4 + 3 U / 4.
+    np.testing.assert_allclose(result.maps, np.full((3, 3, 4), 0.75 / 14), rtol=1e-6)
+
+
+def test_without_prefix_tokens_each_map_sums_to_one() -> None:
+    grid = TokenGrid(3, 4, (8, 6), 0, False)
+    result = feed(AttentionRollout(grid, discard_ratio=0.5), random_attention(grid)).compute()
+    np.testing.assert_allclose(result.maps.sum(axis=(1, 2)), 1, rtol=1e-6)
+
+
+def test_layers_multiply_from_the_left() -> None:
+    """The class token looks at patch 0 in the last layer, which looked at patch 5 in the first; not the other way round."""
+    attention = np.broadcast_to(np.eye(14), (2, 1, 1, 14, 14)).copy()
+    attention[1, 0, 0, 0] = np.eye(14)[2]
+    attention[0, 0, 0, 2] = np.eye(14)[7]
+    maps = feed(AttentionRollout(GRID), attention).compute().maps[0].ravel()
+    assert maps[0] == maps[5] == 0.25
+    assert maps.sum() == 0.5
+
+
+# Properties
+
+
+def test_every_image_is_computed_by_itself() -> None:
+    attention = random_attention(GRID, layers=3, batch=5)
+    together = feed(AttentionRollout(GRID, discard_ratio=0.5), attention).compute().maps
+    for image in range(5):
+        alone = feed(AttentionRollout(GRID, discard_ratio=0.5), attention[:, image : image + 1]).compute().maps
+        np.testing.assert_allclose(together[image], alone[0], rtol=0, atol=1e-7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(5)), tiling=tilings)
+def test_the_order_of_images_is_that_of_the_maps(order: list[int], tiling: dict) -> None:
+    attention = random_attention(GRID, batch=5)
+    first = feed(AttentionRollout(GRID), attention).compute().maps
+    second = feed(AttentionRollout(GRID), attention[:, order], **tiling).compute().maps
+    np.testing.assert_allclose(second, first[order], rtol=0, atol=1e-7)
+
+
+@given(order=st.permutations(range(3)))
+def test_shards_append_in_the_order_of_merging(order: list[int]) -> None:
+    attention = random_attention(GRID, batch=6)
+    whole = feed(AttentionRollout(GRID), attention).compute().maps
+    shards = [feed(AttentionRollout(GRID), attention[:, 2 * i : 2 * i + 2]) for i in order]
+    merged = AttentionRollout(GRID)
+    for shard in shards:
+        merged.merge(shard)
+    expected_maps = np.concatenate([whole[2 * i : 2 * i + 2] for i in order])
+    np.testing.assert_allclose(merged.compute().maps, expected_maps, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(shards[0].compute().maps, expected_maps[:2], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 600, 5000, 1 << 20])
+def test_the_tile_size_changes_nothing(tile_bytes: int) -> None:
+    model, x = small_vit(num_registers=1), images()
+    grid = model.token_grid(24, 24)
+    measure = AttentionRollout(grid, head_fusion="max", discard_ratio=0.3)
+    with torch.no_grad(), attention_hooks(model, measure, tile_bytes=tile_bytes):
+        model(x)
+        model(x[:1])
+    slow = expected(expected_attention(model, x), grid, "max", 0.3)
+    np.testing.assert_allclose(measure.compute().maps, np.concatenate([slow, slow[:1]]), rtol=0, atol=1e-6)
+
+
+def test_layers_of_different_heads_group_images_differently() -> None:
+    """Tiles hold as many images as fit: a layer of one head, twice those of a layer of two."""
+    wide, narrow = (
+        random_attention(GRID, layers=1, batch=4, heads=2),
+        random_attention(GRID, layers=2, batch=4, heads=1, seed=1),
+    )
+    measure = AttentionRollout(GRID)
+    feed(measure, wide, images=1)
+    feed(_Only(measure, layer=1), narrow, images=3)
+    fused = np.stack([wide[0].mean(1, keepdims=True), narrow[1]])
+    np.testing.assert_allclose(measure.compute().maps, expected(fused, GRID), rtol=0, atol=1e-6)
+
+
+class _Only:
+    def __init__(self, measure: AttentionRollout, layer: int) -> None:
+        self.measure, self.layer = measure, layer
+
+    def update(self, tile) -> None:
+        if tile.layer == self.layer:
+            self.measure.update(tile)
+
+
+class TwoLayers(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        F.scaled_dot_product_attention(q, k, k)
+        F.scaled_dot_product_attention(k, q, q)
+
+
+def test_autocast_costs_no_precision() -> None:
+    model, (q, k) = TwoLayers(), torch.randn(2, 3, 2, 14, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16), attention_hooks(model, measure := AttentionRollout(GRID)):
+        model(q, k)
+    np.testing.assert_allclose(measure.compute().maps, expected(expected_attention(model, q, k), GRID), rtol=0, atol=1e-6)
+
+
+def test_gradients_may_flow_through_the_model() -> None:
+    model, x = small_vit(), images()
+    with attention_hooks(model, measure := AttentionRollout(model.token_grid(24, 24))):
+        model(x).sum().backward()
+    np.testing.assert_allclose(
+        measure.compute().maps, expected(expected_attention(model, x), model.token_grid(24, 24)), rtol=0, atol=1e-6
+    )
+
+
+def test_non_square_images() -> None:
+    model, x = small_vit(), images(16, 36)
+    result = attention_rollout(model, x, device="cpu")
+    grid = TokenGrid(2, 6, (8, 6), 1, True)
+    assert result.maps.shape == (3, 2, 6)
+    np.testing.assert_allclose(result.maps, expected(expected_attention(model, x), grid), rtol=0, atol=1e-6)
+
+
+# The result
+
+
+@pytest.fixture(scope="module")
+def result() -> AttentionRolloutResult:
+    model = small_vit()
+    model.preprocessing = Preprocessing(size=(24, 24), resize=24)
+    return attention_rollout(model, images(), discard_ratio=0.25, device="cpu")
+
+
+def test_dataframe_has_a_row_a_patch_of_an_image(result: AttentionRolloutResult) -> None:
+    frame = result.to_dataframe()
+    assert list(frame) == ["image", "name", "row", "col", "rollout"]
+    assert len(frame) == 3 * 3 * 4
+    assert list(frame.name.unique()) == ["image 0", "image 1", "image 2"]
+    for image, row, col in ((0, 0, 0), (1, 2, 3), (2, 1, 0)):
+        match = frame[(frame.image == image) & (frame.row == row) & (frame.col == col)]
+        assert match.rollout.tolist() == [result.maps[image, row, col]]
+
+
+def test_summary_names_the_peak(result: AttentionRolloutResult) -> None:
+    summary = result.summary()
+    np.testing.assert_allclose(summary["on patches"], result.maps.sum(axis=(1, 2)))
+    for image, (row, col) in enumerate(zip(summary["peak row"], summary["peak col"], strict=True)):
+        assert result.maps[image, row, col] == result.maps[image].max()
+
+
+def test_images_are_kept_for_display(result: AttentionRolloutResult) -> None:
+    assert result.images is not None
+    assert (result.images.shape, result.images.dtype) == ((3, 24, 24, 3), np.uint8)
+    assert attention_rollout(small_vit(), images(), device="cpu").images is None
+
+
+@pytest.mark.parametrize("kind", ["pairs", "heatmap"])
+def test_plot_returns_axes(result: AttentionRolloutResult, kind: str) -> None:
+    assert isinstance(result.plot(kind=kind), Axes)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_saved_and_read_back(result: AttentionRolloutResult, tmp_path, keep: bool) -> None:
+    result = result if keep else replace(result, images=None)
+    again = load_result(result.save(tmp_path / "rollout.safetensors"))
+    assert isinstance(again, AttentionRolloutResult)
+    np.testing.assert_array_equal(again.maps, result.maps)
+    assert (again.images is None) is not keep
+    if keep:
+        np.testing.assert_array_equal(again.images, result.images)
+    assert again.provenance == result.provenance
+    assert again.provenance["options"] == {"head_fusion": "mean", "discard_ratio": 0.25}
+    assert again.names == result.names
+    assert (again.head_fusion, again.discard_ratio) == ("mean", 0.25)
+
+
+# Errors
+
+
+def test_an_unknown_fusion() -> None:
+    with pytest.raises(InputError, match="head_fusion must be one of mean, max, min; got 'sum'"):
+        attention_rollout(small_vit(), images(), head_fusion="sum", device="cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+def test_an_impossible_discard_ratio(ratio: float) -> None:
+    with pytest.raises(InputError, match=r"discard_ratio must lie in \[0, 1\)"):
+        attention_rollout(small_vit(), images(), discard_ratio=ratio, device="cpu")
+
+
+def test_a_grid_that_does_not_fit() -> None:
+    with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14; pass the grid"):
+        attention_rollout(small_vit(), images(), grid=GRID, device="cpu")
+
+
+def test_nothing_measured() -> None:
+    with pytest.raises(InputError, match="no attention has been measured yet"):
+        AttentionRollout(GRID).compute()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        AttentionRollout(BARE),
+        AttentionRollout(GRID, head_fusion="max"),
+        AttentionRollout(GRID, discard_ratio=0.5),
+    ],
+)
+def test_shards_that_do_not_belong_together(other: AttentionRollout) -> None:
+    with pytest.raises(InputError, match="cannot merge rollouts"):
+        AttentionRollout(GRID).merge(other)
+
+
+@pytest.mark.parametrize(("tiles", "layers"), [(2, "1, 3"), (4, "1, 2, 3"), (8, "2, 3")])
+def test_an_interrupted_batch_is_not_passed_off_as_a_map(tiles: int, layers: str) -> None:
+    attention = random_attention(GRID, layers=3)
+    measure = feed(AttentionRollout(GRID), attention)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        feed(_FailsAfter(measure, tiles=tiles), attention, images=1)
+    feed(measure, attention)
+    with pytest.raises(InputError, match=f"different numbers of layers: {layers}"):
+        measure.compute()
+
+
+class _FailsAfter:
+    def __init__(self, measure: AttentionRollout, tiles: int) -> None:
+        self.measure, self.tiles = measure, tiles
+
+    def update(self, tile) -> None:
+        if self.tiles == 0:
+            raise RuntimeError("interrupted")
+        self.tiles -= 1
+        self.measure.update(tile)

@@ -1,0 +1,661 @@
+"""attention_hooks: what observers see, what the model returns, and what is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import reference
+from tests.models import FAMILIES, Assemble, Encoder, expected_attention, images, output, small_vit, transformers_vit
+from vit_probe import AttentionTile, InputError, attention_hooks
+from vit_probe.geometry import TokenGrid
+from vit_probe.hooks import ForwardStopped
+from vit_probe.measures import AttentionDistance
+
+
+class Attention(nn.Module):
+    """The fused attention of its inputs, as a model."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def qkv(batch: int = 2, heads: int = 3, tokens: int = 7, dim: int = 4, *, key_heads: int | None = None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * tokens + 1000 * dim)
+    return [
+        1.5 * torch.randn(batch, count, tokens, dim, generator=generator)
+        for count in (heads, key_heads or heads, key_heads or heads)
+    ]
+
+
+def hooked(model: nn.Module, *inputs: Tensor, tile_bytes: int = 4 << 20, **options: Any) -> tuple[Any, Assemble]:
+    seen = Assemble()
+    with attention_hooks(model, seen, tile_bytes=tile_bytes):
+        return model(*inputs, **options), seen
+
+
+def close(a: Any, b: Any, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tolerance)
+
+
+def traces(model: nn.Module) -> list[Any]:
+    """Everything that hooks could leave behind."""
+    stores = [{k: list(v) for k, v in vars(module).items() if "hooks" in k and v is not None} for module in model.modules()]
+    return [stores, torch.backends.mha.get_fastpath_enabled(), torch._C._len_torch_function_stack()]
+
+
+@contextlib.contextmanager
+def leaves_nothing(model: nn.Module) -> Iterator[None]:
+    own = next(iter(model.modules())).register_forward_hook(lambda *_: None)  # a user's hook stays
+    before = traces(model)
+    yield
+    assert traces(model) == before
+    own.remove()
+
+
+# What observers see, and what the model returns
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("tile_bytes", [1, 5000, 4 << 20])
+def test_output_and_attention_of_every_family(name: str, tile_bytes: int) -> None:
+    family = FAMILIES[name]
+    model, x = family.model(), family.images()
+    with torch.no_grad():
+        untouched = output(model(x))
+        with leaves_nothing(model):
+            result, seen = hooked(model, x, tile_bytes=tile_bytes)
+    assert 0.05 < untouched.std() < 20
+    close(output(result), untouched, 1e-5)
+    expected = expected_attention(model, x)
+    assert expected.shape == (2, 3, 2, family.grid.num_tokens, family.grid.num_tokens)
+    assert expected.max(-1).mean() > 2 / family.grid.num_tokens  # far from uniform
+    close(seen.attention(), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("timm")])
+def test_attention_is_that_of_timm_without_fused_attention(name: str) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+    _, seen = hooked(model, x)
+    maps: list[Tensor] = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0].detach()))
+    model(x)
+    close(seen.attention(), torch.stack(maps), 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("transformers")])
+def test_attention_is_that_of_transformers_eager(name: str) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+    assert model.config._attn_implementation == "sdpa"
+    _, seen = hooked(model, x)
+    model.set_attn_implementation("eager")
+    close(seen.attention(), torch.stack(model(x, output_attentions=True).attentions).detach(), 1e-6)
+
+
+def test_fast_path_of_multihead_attention_is_seen() -> None:
+    model, x = Encoder(norm_first=True).eval(), images(32, 48)
+    torch.backends.mha.set_fastpath_enabled(True)
+    with torch.no_grad():
+        untouched = model(x)
+        result, seen = hooked(model, x)
+    close(result, untouched, 1e-5)
+    assert sorted(seen.layers) == [0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    budget=st.integers(1, 4000),
+    double=st.booleans(),
+)
+def test_every_tile_size_gives_the_same(batch: int, heads: int, tokens: int, budget: int, double: bool) -> None:
+    q, k, v = (t.to(torch.float64 if double else torch.float32) for t in qkv(batch, heads, tokens))
+    result, seen = hooked(Attention(), q, k, v, tile_bytes=budget)
+    close(result, F.scaled_dot_product_attention(q, k, v), 1e-12 if double else 1e-5)
+    close(seen.attention()[0], reference.softmax_attention(q, k, 0.5), 1e-12 if double else 1e-6)
+    one_query = heads * tokens * q.element_size()
+    assert all(tile.probabilities.nbytes <= max(budget, one_query) for tile in seen.tiles)
+    assert {tile.probabilities.dtype for tile in seen.tiles} == {q.dtype}
+    if budget < 2 * one_query:
+        assert {tile.probabilities.shape[2] for tile in seen.tiles} == {1}
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 200, 700, 3000, 4 << 20])
+def test_tiles_come_by_layer_then_images_then_queries(tile_bytes: int) -> None:
+    _, seen = hooked(small_vit(), images(), tile_bytes=tile_bytes)
+    expected_start = (0, 0, 0)
+    for tile in seen.tiles:
+        assert (tile.layer, tile.images.start, tile.queries.start) == expected_start
+        assert tile.num_tokens == 13
+        assert tile.name == f"blocks.{tile.layer}.attn"
+        assert tile.probabilities.shape == (
+            tile.images.stop - tile.images.start, 2, tile.queries.stop - tile.queries.start, 13,
+        )  # fmt: skip
+        expected_start = (tile.layer, tile.images.start, tile.queries.stop)
+        if tile.queries.stop == 13:
+            expected_start = (tile.layer, tile.images.stop, 0) if tile.images.stop < 3 else (tile.layer + 1, 0, 0)
+    assert expected_start == (2, 0, 0)
+
+
+def test_every_observer_sees_every_tile() -> None:
+    model, first, second = small_vit(), Assemble(), Assemble()
+    with attention_hooks(model, first, second, tile_bytes=500):
+        model(images())
+    assert len(first.tiles) == len(second.tiles) > 4
+    close(first.attention(), second.attention(), 0)
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest tensor that any operation makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_long_sequences_are_never_held_as_a_whole() -> None:
+    q, k, v = qkv(1, 4, 2048, 8)
+    measure = AttentionDistance(TokenGrid(32, 64, (4, 4), 0, False))
+    with Largest() as largest, attention_hooks(model := Attention(), measure, tile_bytes=1 << 20):
+        result = model(q, k, v)
+    assert largest.nbytes <= 1 << 20  # the map of all heads has 64 MiB
+    close(result, F.scaled_dot_product_attention(q, k, v), 1e-5)
+
+
+# Masks, scale, grouped queries
+
+
+def _masks() -> dict[str, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    keep = torch.rand(2, 3, 7, 7, generator=generator) > 0.4
+    keep[..., 0] = True
+    shut = keep.clone()
+    shut[0, 1, 3] = False
+    shut[1, :, 5] = False
+    bias = 2 * torch.randn(2, 3, 7, 7, generator=generator)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    return {
+        "boolean": dict(attn_mask=keep),
+        "one for all": dict(attn_mask=keep[0, 0]),
+        "by image": dict(attn_mask=keep[:, :1]),
+        "by head": dict(attn_mask=keep[0]),
+        "by key": dict(attn_mask=keep[:, :1, :1]),
+        "additive": dict(attn_mask=bias),
+        "additive by image": dict(attn_mask=bias[:, :1]),
+        "minus infinity": dict(attn_mask=bias.masked_fill(~keep, -torch.inf)),
+        "boolean, nothing left": dict(attn_mask=shut),
+        "additive, nothing left": dict(attn_mask=bias.masked_fill(~shut, -torch.inf)),
+        "causal": dict(is_causal=True, expected=causal),
+        "causal and boolean": dict(is_causal=True, attn_mask=keep, expected=keep & causal),
+    }
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 400, 4 << 20])
+@pytest.mark.parametrize("name", _masks())
+def test_masks(name: str, tile_bytes: int) -> None:
+    options = _masks()[name]
+    mask = options.pop("expected", options.get("attn_mask"))
+    q, k, v = qkv()
+    untouched = F.scaled_dot_product_attention(q, k, v, **options)
+    result, seen = hooked(Attention(), q, k, v, tile_bytes=tile_bytes, **options)
+    close(result, untouched, 1e-5)
+    with np.errstate(invalid="ignore"):
+        expected = reference.softmax_attention(q, k, 0.5, mask)
+    assert np.isnan(expected).any() == ("nothing left" in name)
+    close(seen.attention()[0], np.nan_to_num(expected), 1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(7, 7, dtype=torch.bool)])
+def test_a_models_nan_stays_a_nan(mask: Tensor | None) -> None:
+    q, k, v = qkv()
+    q[0, 1, 2, 3] = torch.nan
+    result, _ = hooked(Attention(), q, k, v, attn_mask=mask)  # the fused kernel itself: 0 without a mask, NaN with one
+    assert result[0, 1, 2].isnan().all()
+    assert result.isnan().sum() == 4
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0])
+def test_scale(scale: float) -> None:
+    q, k, v = qkv()
+    result, seen = hooked(Attention(), q, k, v, scale=scale)
+    close(result, F.scaled_dot_product_attention(q, k, v, scale=scale), 1e-5)
+    close(seen.attention()[0], reference.softmax_attention(q, k, scale), 1e-6)
+
+
+def test_grouped_queries_and_their_gradients() -> None:
+    inputs = [t.requires_grad_() for t in qkv(heads=4, key_heads=2)]
+    q, k, v = inputs
+    untouched = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    with torch.no_grad():
+        result, _ = hooked(Attention(), q, k, v, enable_gqa=True)
+    close(result, untouched.detach(), 1e-5)
+    result, seen = hooked(Attention(), q, k, v, enable_gqa=True)
+    close(seen.attention()[0], reference.softmax_attention(q.detach(), k.detach().repeat_interleave(2, 1), 0.5), 1e-6)
+    for mine, theirs in zip(
+        torch.autograd.grad(result.sin().sum(), inputs), torch.autograd.grad(untouched.sin().sum(), inputs), strict=True
+    ):
+        close(mine, theirs, 1e-6)
+
+
+def test_one_key_for_all_images_or_heads() -> None:
+    q, k, v = qkv()
+    for few in ((k[:1], v), (k, v[:, :1]), (k[:, :1], v[:1])):
+        result, seen = hooked(Attention(), q, *few, tile_bytes=300)
+        close(result, F.scaled_dot_product_attention(q, *few), 1e-5)
+        close(seen.attention()[0], reference.softmax_attention(q, few[0].expand_as(q), 0.5), 1e-6)
+
+
+def test_values_of_another_width() -> None:
+    q, k, v = qkv()
+    result, _ = hooked(Attention(), q, k, torch.cat([v, v], dim=-1), tile_bytes=300)
+    close(result, F.scaled_dot_product_attention(q, k, torch.cat([v, v], dim=-1)), 1e-5)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["ours", "timm-registers", "torchvision"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model, x = FAMILIES[name].model().to(dtype), FAMILIES[name].images().to(dtype)
+    with torch.no_grad():
+        untouched = model(x)
+        result, seen = hooked(model, x)
+    assert result.dtype == dtype
+    close(result.float(), untouched.float(), 0.06 if dtype == torch.bfloat16 else 0.01)
+    assert {tile.probabilities.dtype for tile in seen.tiles} == {torch.float32}
+    # Only the first layer's inputs are the same to the last bit.
+    close(seen.attention()[0], expected_attention(model, x)[0], 1e-6)
+
+
+def test_scores_beyond_float16() -> None:
+    q, k, v = (1000 * t.half() for t in qkv())
+    result, seen = hooked(Attention(), q, k, v / 1000)
+    expected = reference.softmax_attention(q, k, 0.5)
+    assert (expected > 0.999).any()
+    close(seen.attention()[0], expected, 1e-6)
+    assert result.isfinite().all()
+
+
+def test_double_precision() -> None:
+    model, x = small_vit().double(), images().double()
+    with torch.no_grad():
+        result, seen = hooked(model, x)
+        close(result, model(x), 1e-12)
+    close(seen.attention(), expected_attention(model, x), 1e-12)
+
+
+def test_autocast_casts_as_it_would() -> None:
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        untouched = F.scaled_dot_product_attention(q, k, v)
+        result, seen = hooked(Attention(), q, k, v)
+        assert torch.is_autocast_enabled("cpu")
+    assert result.dtype == untouched.dtype == torch.bfloat16
+    close(result.float(), untouched.float(), 0.02)
+    close(seen.attention()[0], reference.softmax_attention(q.bfloat16().float(), k.bfloat16().float(), 0.5), 1e-6)
+
+
+def test_observers_compute_outside_autocast() -> None:
+    products = []
+
+    class Multiply:
+        def update(self, tile: AttentionTile) -> None:
+            products.append(tile.probabilities @ tile.probabilities.mT)
+
+    model = small_vit()
+    with torch.autocast("cpu", dtype=torch.bfloat16), attention_hooks(model, Multiply()):
+        model(images())
+    assert {product.dtype for product in products} == {torch.float32}
+
+
+# Gradients, training, inference
+
+
+@pytest.mark.parametrize("name", ["ours", "timm-beit", "transformers-vit", "torchvision"])
+def test_gradients_are_those_without_hooks(name: str) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+
+    def gradients() -> list[Tensor | None]:
+        model.zero_grad()
+        output(model(x)).sin().sum().backward()
+        return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    untouched = gradients()
+    with attention_hooks(model, seen := Assemble()):
+        hooked_gradients = gradients()
+    assert seen.tiles
+    assert not any(tile.probabilities.requires_grad for tile in seen.tiles)
+    assert sum(g is not None and bool(g.abs().max() > 1e-3) for g in untouched) > 10
+    for mine, theirs in zip(hooked_gradients, untouched, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            close(mine, theirs, 1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+def test_gradient_reaches_a_mask_alone() -> None:
+    q, k, v = qkv()
+    bias = torch.randn(7, 7).requires_grad_()
+    result, _ = hooked(Attention(), q, k, v, attn_mask=bias)
+    (mine,) = torch.autograd.grad(result.sin().sum(), bias)
+    (theirs,) = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, bias).sin().sum(), bias)
+    close(mine, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_attention_dropout_is_drawn_as_without_hooks(grad: bool) -> None:
+    model = FAMILIES["timm"].model().train()
+    for block in model.blocks:
+        block.attn.attn_drop.p = 0.5
+    x = FAMILIES["timm"].images()
+    with torch.set_grad_enabled(grad):
+        torch.manual_seed(5)
+        untouched = model(x)
+        torch.manual_seed(5)
+        result, seen = hooked(model, x)
+        torch.manual_seed(6)
+        assert (model(x) - untouched).abs().max() > 1e-3
+    close(result.detach(), untouched.detach(), 1e-6)
+    close(seen.attention().sum(-1), 1.0, 1e-5)  # seen before dropout
+
+
+def test_training_mode_is_kept() -> None:
+    model = small_vit(dropout=0.3).train()
+    torch.manual_seed(5)
+    untouched = model(images())
+    torch.manual_seed(5)
+    result, _ = hooked(model, images())
+    assert model.training
+    close(result.detach(), untouched.detach(), 1e-6)
+
+
+def test_inference_mode_inside_and_outside() -> None:
+    model, x = small_vit(), images()
+    _, expected = hooked(model, x)
+    outside, inside = Assemble(), Assemble()
+    with torch.inference_mode(), attention_hooks(model, outside):
+        result = model(x)
+    assert result.is_inference()
+    with attention_hooks(model, inside):
+        with torch.inference_mode():
+            model(x)
+        close(inside.attention(), expected.attention(), 1e-6)
+        with torch.no_grad():  # the same workspace, in another mode
+            assert not model(x).is_inference()
+        model(x).sum().backward()
+    close(outside.attention(), expected.attention(), 1e-6)
+
+
+# Layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_named_by_module_and_numbered_by_order(name: str) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+    seen = Assemble()
+    with attention_hooks(model, seen) as hooks:
+        for _ in range(3):
+            model(x)
+    assert len(hooks.layers) == 2
+    assert all(isinstance(model.get_submodule(path), nn.Module) for path in hooks.layers)
+    assert [path.replace("1", "0") for path in hooks.layers] == [hooks.layers[0]] * 2
+    assert seen.names == dict(enumerate(hooks.layers))
+    assert [tile.layer for tile in seen.tiles] == [0, 1] * 3
+
+
+def test_layers_keep_their_numbers_when_parts_are_called() -> None:
+    model, x = small_vit(), images()
+    with attention_hooks(model, seen := Assemble()) as hooks:
+        for _ in range(2):
+            model.forward_features(x)
+        model(x)
+        model.forward_features(x)
+    assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
+    assert [tile.layer for tile in seen.tiles] == [0, 1] * 4
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attn(self.attn(q, k, v), k, v)
+
+
+def test_a_module_called_twice_is_two_layers() -> None:
+    model, seen = Twice(), Assemble()
+    q, k, v = qkv()
+    with attention_hooks(model, seen) as hooks:
+        model(q, k, v)
+        model(q, k, v)
+    assert hooks.layers == ["attn", "attn"]
+    assert [tile.layer for tile in seen.tiles] == [0, 1, 0, 1]
+    second = F.scaled_dot_product_attention(q, k, v)
+    close(seen.layers[1], reference.softmax_attention(second, k, 0.5), 1e-5)
+
+
+def test_a_model_that_calls_attention_itself_has_an_empty_path() -> None:
+    with attention_hooks(model := Attention()) as hooks:
+        model(*qkv())
+    assert hooks.layers == [""]
+
+
+def test_attention_over_other_keys_is_skipped_and_listed() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="map"
+    ).eval()  # fmt: skip
+    untouched = model(images(16, 16))
+    with attention_hooks(model, seen := Assemble()) as hooks:
+        for _ in range(2):
+            close(model(images(16, 16)).detach(), untouched.detach(), 1e-5)
+    assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
+    assert hooks.skipped == ["attn_pool"]
+    assert set(seen.layers) == {0, 1}
+
+
+def test_attention_outside_the_model_is_not_seen() -> None:
+    model, other = small_vit(), small_vit(depth=3)
+    untouched = other(images()).detach()
+    with attention_hooks(model, seen := Assemble()) as hooks:
+        model(images())
+        close(other(images()).detach(), untouched, 1e-6)
+        F.scaled_dot_product_attention(*qkv())
+    assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
+    assert len(seen.tiles) == 2
+
+
+# What is left behind
+
+
+def fails_at(model: nn.Module, error: BaseException) -> Any:
+    def fail(module: nn.Module, args: Any) -> None:
+        raise error
+
+    return model.blocks[1].mlp.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize("fastpath", [True, False])
+@pytest.mark.parametrize("where", ["model", "interrupt", "observer", "stop", "body", "success"])
+def test_everything_is_restored(where: str, fastpath: bool) -> None:
+    class Fails(Assemble):
+        def update(self, tile: AttentionTile) -> None:
+            if where == "observer" and tile.layer == 1:
+                raise RuntimeError("broken")
+
+    model = small_vit()
+    if where in ("model", "interrupt"):
+        fails_at(model, RuntimeError("broken") if where == "model" else KeyboardInterrupt("broken"))
+    raises = {"interrupt": KeyboardInterrupt, "stop": ForwardStopped}.get(where, RuntimeError)
+    was = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        with leaves_nothing(model):
+            with contextlib.nullcontext() if where == "success" else pytest.raises(raises):  # noqa: SIM117
+                with attention_hooks(model, Fails()) as hooks:
+                    assert not torch.backends.mha.get_fastpath_enabled()
+                    if where == "stop":
+                        hooks.stop_after = 0
+                    model(images())
+                    if where == "body":
+                        raise RuntimeError("broken")
+            assert torch.backends.mha.get_fastpath_enabled() is fastpath
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
+def test_a_failed_pass_does_not_disturb_the_next() -> None:
+    model = small_vit()
+    failing = fails_at(model, RuntimeError("broken"))
+    seen = Assemble()
+    with attention_hooks(model, seen) as hooks:
+        with pytest.raises(RuntimeError, match="broken"):
+            model(images())
+        failing.remove()
+        model.forward_features(images())
+        assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
+        assert seen.names == dict(enumerate(hooks.layers))
+
+
+def test_hooked_twice_in_a_row() -> None:
+    model, x = small_vit(), images()
+    with leaves_nothing(model):
+        first, second = hooked(model, x), hooked(model, x)
+    close(first[1].attention(), second[1].attention(), 0)
+    assert [tile.layer for tile in second[1].tiles] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["ours", "torchvision"])
+def test_nested_contexts_both_see_all(name: str) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+    with torch.no_grad():
+        untouched, expected = model(x), expected_attention(model, x)
+        inner, outer = Assemble(), Assemble()
+        with leaves_nothing(model), attention_hooks(model, outer) as outer_hooks:
+            with attention_hooks(model, inner) as inner_hooks:
+                close(model(x), untouched, 1e-5)
+                inner_hooks.stop_after = 1
+                with pytest.raises(ForwardStopped):
+                    model(x)
+            assert not torch.backends.mha.get_fastpath_enabled()
+            close(model(x), untouched, 1e-5)
+    for seen in (inner, outer):
+        close(seen.attention(), expected, 1e-6)
+    assert len(inner.tiles) == 4
+    assert len(outer.tiles) == 6
+    assert inner_hooks.layers == outer_hooks.layers
+
+
+def test_nested_contexts_of_two_models() -> None:
+    one, other = small_vit(), small_vit(depth=3)
+    with attention_hooks(one, first := Assemble()), attention_hooks(other, second := Assemble()):
+        one(images())
+        other(images())
+    assert (sorted(first.layers), sorted(second.layers)) == ([0, 1], [0, 1, 2])
+
+
+# Stopping early
+
+
+def test_stop_after_shows_the_layer_and_goes_no_further() -> None:
+    model, x, seen = small_vit(depth=3), images(), Assemble()
+    calls: list[str] = []
+    for name in ("blocks.1.mlp", "blocks.0.mlp", "norm"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    with attention_hooks(model, seen) as hooks:
+        hooks.stop_after = 1
+        for _ in range(2):
+            with pytest.raises(ForwardStopped):
+                model(x)
+        assert sorted(seen.layers) == [0, 1]
+        assert calls == ["blocks.0.mlp"] * 2
+        with pytest.raises(ForwardStopped):
+            model.forward_features(x)
+        assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
+        hooks.stop_after = None
+        model(x)
+    assert calls[3:] == ["blocks.0.mlp", "blocks.1.mlp", "norm"]
+    close(seen.attention(), expected_attention(model, x), 1e-6)
+
+
+def test_a_model_cannot_swallow_the_stop() -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.inner(x)
+            except Exception:
+                return x
+
+    model = Careful()
+    with attention_hooks(model) as hooks:
+        hooks.stop_after = 0
+        with pytest.raises(ForwardStopped):
+            model(images())
+    assert not issubclass(ForwardStopped, Exception)
+
+
+# Errors
+
+
+def test_attention_that_is_not_fused_raises_with_the_remedy() -> None:
+    timm = FAMILIES["timm"].model()
+    for block in timm.blocks:
+        block.attn.fused_attn = False
+    transformers = transformers_vit("ViT", attn_implementation="eager")
+    for model in (timm, transformers):
+        with leaves_nothing(model), pytest.raises(InputError, match=type(model).__name__) as error, attention_hooks(model):
+            model(images(32, 48))
+        assert 'set_attn_implementation("sdpa")' in str(error.value)
+        assert "timm.layers.set_fused_attn(True)" in str(error.value)
+
+
+def test_attention_with_weights_asked_for_raises_with_the_remedy() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(InputError, match="need_weights=False"), attention_hooks(model):
+        model(x, x, x)
+
+
+def test_no_complaint_where_the_model_was_not_called() -> None:
+    with attention_hooks(small_vit()) as hooks:
+        pass
+    assert hooks.layers == []
+
+
+def test_the_models_own_error_is_not_hidden() -> None:
+    model = small_vit()
+    with pytest.raises(InputError, match="divide into patches"), attention_hooks(model):
+        model(images(25, 24))
+
+
+@pytest.mark.parametrize("tile_bytes", [0, -5])
+def test_tile_bytes_must_be_positive(tile_bytes: int) -> None:
+    with pytest.raises(InputError, match=f"tile_bytes must be positive, got {tile_bytes}"), attention_hooks(
+        small_vit(), tile_bytes=tile_bytes
+    ):  # fmt: skip
+        pass
