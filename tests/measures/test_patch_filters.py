@@ -63,7 +63,7 @@ def test_the_sign_of_the_weights_and_a_common_offset_change_nothing() -> None:
 
 def test_signs_do_not_hang_on_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     class Negative(PCA):
-        def fit(self, X, y=None):  # noqa: N803
+        def fit(self, X, y=None):
             super().fit(X)
             self.components_ = -self.components_
             return self
