@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -23,7 +24,8 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and can be written") from None
     return path
 

@@ -35,6 +35,7 @@ def test_a_model_comes_back_as_it_was(config: ViTConfig, tmp_path: Path) -> None
         torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
 def test_half_precision_is_half_the_file(tmp_path: Path) -> None:
     model = VisionTransformer(CONFIGS["learned_2d"])
     whole = save_model(model, tmp_path / "whole.safetensors").stat().st_size
@@ -43,6 +44,7 @@ def test_half_precision_is_half_the_file(tmp_path: Path) -> None:
     assert load_model(half).blocks[0].norm1.weight.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
 def test_an_override_goes_before_the_file(tmp_path: Path) -> None:
     model = VisionTransformer(CONFIGS["learned_2d"])
     path = save_model(model, tmp_path / "mine.safetensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_signs_do_not_hang_on_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> N
             return self
 
     expected = patch_filters(_model(), components=5)
-    monkeypatch.setattr("vit_probe.measures.patch_filters.PCA", Negative)
+    monkeypatch.setattr(sys.modules["vit_probe.measures.patch_filters"], "PCA", Negative)
     np.testing.assert_array_equal(patch_filters(_model(), components=5).filters, expected.filters)
 
 

@@ -89,9 +89,9 @@ def test_fitting_text_keeps_what_fits_and_shortens_the_rest() -> None:
 
 
 def test_saved_files_are_of_their_format_and_size(tmp_path: Path) -> None:
-    paths = save_figure(_figure(), tmp_path / "new" / "vit_b.16", FORMATS)
+    paths = save_figure(_figure(), tmp_path / "vit_b.16", FORMATS)
     assert [path.name for path in paths] == ["vit_b.16.png", "vit_b.16.pdf", "vit_b.16.svg"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     picture = Image.open(paths[0])
     assert picture.size == (600, 300)
     assert round(picture.info["dpi"][0]) == 300
@@ -133,21 +133,23 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: py
     (old,) = save_figure(_figure(), tmp_path / "figure", ["png"])
     content = old.read_bytes()
 
-    def half_written(self: Figure, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def half_written(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", half_written)
-    with pytest.raises(InputError, match=r"cannot write .*figure \(No space left on device\); name a folder"):
+    monkeypatch.setattr(Path, "write_bytes", half_written)
+    with pytest.raises(InputError, match=r"cannot write .*figure.png: No space left on device; choose a folder"):
         save_figure(_figure(), tmp_path / "figure", ["png"])
     assert old.read_bytes() == content
     assert list(tmp_path.iterdir()) == [old]
 
 
-def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["file", "missing"])
+def test_a_folder_that_cannot_be_written_is_an_input_error(folder: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="name a folder that can be written to"):
-        save_figure(_figure(), tmp_path / "file" / "figure", ["svg"])
+    with pytest.raises(InputError, match="choose a folder that exists and can be written"):
+        save_figure(_figure(), tmp_path / folder / "figure", ["svg"])
 
 
 def test_widths_are_those_of_real_columns() -> None:
