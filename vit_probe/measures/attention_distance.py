@@ -197,7 +197,7 @@ class _Sums:
 
     count: int
     mean: Float[np.ndarray, "2 head"]
-    squares: Float[np.ndarray, head]
+    squares: Float[np.ndarray, "head"]
 
     @classmethod
     def zero(cls, heads: int) -> _Sums:
@@ -217,7 +217,7 @@ class _Sums:
         self.mean = self.mean + step * (other.count / total)
         self.count = total
 
-    def std(self) -> Float[np.ndarray, head]:
+    def std(self) -> Float[np.ndarray, "head"]:
         return np.sqrt(self.squares / (self.count - 1)) if self.count > 1 else np.full_like(self.squares, np.nan)
 
 

@@ -33,7 +33,7 @@ class PatchFiltersResult(Result):
     """
 
     filters: Float[np.ndarray, "filter channel row col"]
-    explained_variance_ratio: Float[np.ndarray, filter]
+    explained_variance_ratio: Float[np.ndarray, "filter"]
     principal: bool
 
     def to_dataframe(self) -> pd.DataFrame:
