@@ -10,7 +10,7 @@ import torch
 def _define_torchvision_operators() -> list[torch.library.Library]:
     """Makes torchvision (and timm, which imports it) importable where its compiled operators do not load.
 
-    The registry's torchvision is built for CUDA; on a CPU-only torch its import fails with "operator torchvision::nms
+    On a CPU-only torch the import of a torchvision that is built for CUDA fails with "operator torchvision::nms
     does not exist". The operators' signatures are enough: nothing here calls them.
     """
     try:

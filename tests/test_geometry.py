@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import ViTMAEConfig, ViTMAEModel
 
 from tests import reference
 from tests.models import FAMILIES, Encoder, images, small_vit, transformers_vit
@@ -180,3 +181,11 @@ def test_impossible_grids(values: tuple) -> None:
 def test_a_class_token_is_a_prefix_token() -> None:
     with pytest.raises(InputError, match="a class token is a prefix token"):
         TokenGrid(3, 3, (8, 8), 0, True)
+
+
+def test_a_model_that_shuffles_its_patches() -> None:
+    config = ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(InputError, match="ViTMAEModel drops and shuffles patches at random"):
+        find_token_grid(ViTMAEModel(config), 32, 32)

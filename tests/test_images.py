@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from vit_probe import InputError, Preprocessing, sample_photographs
-from vit_probe.images import ImageStream, find_images, read_image
+from vit_probe.images import find_images, read_image
+from vit_probe.stream import ImageStream
 
 PREPARE = Preprocessing(size=(16, 24), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -37,6 +38,21 @@ class TestPreprocessing:
         expected = np.asarray(image.resize((cols, rows), Image.Resampling.BICUBIC))
         top, left = (rows - 16) // 2, (cols - 24) // 2
         np.testing.assert_array_equal(np.asarray(PREPARE.crop(image)), expected[top : top + 16, left : left + 24])
+
+    @pytest.mark.parametrize("resize", [224, 256])
+    def test_the_shorter_side_is_exact_for_every_size(self, resize: int) -> None:
+        prepare = Preprocessing(size=(resize, resize), resize=resize)
+        for side in range(16, 600, 7):
+            assert prepare.crop(Image.new("RGB", (side, side), "white")).getextrema() == ((255, 255),) * 3, side
+
+    def test_scaled_keeps_the_proportion(self) -> None:
+        assert Preprocessing(size=(224, 224), resize=256).scaled((448, 448)) == Preprocessing(size=(448, 448), resize=512)
+        assert Preprocessing(size=(64, 64), resize=(64, 64)).scaled((96, 96)) == Preprocessing(size=(96, 96), resize=(96, 96))
+
+    def test_usual(self) -> None:
+        assert Preprocessing.usual((224, 224), interpolation="bilinear") == Preprocessing(
+            (224, 224), 256, interpolation="bilinear"
+        )
 
     def test_exact_size_squeezes(self) -> None:
         prepare = Preprocessing(size=(8, 8), resize=(8, 8), interpolation="bilinear")
@@ -76,6 +92,22 @@ class TestReadImage:
             np.asarray(read_image(tmp_path / "turned.png")), np.asarray(image.rotate(-90, expand=True))
         )
 
+    def test_sixteen_bits_are_scaled_to_eight(self, tmp_path: Path) -> None:
+        grey = np.arange(0, 256, dtype=np.uint16).reshape(16, 16)
+        Image.fromarray(grey * 257).save(tmp_path / "grey.png")
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "grey.png"))[..., 1], grey)
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+    def test_values_of_unknown_range_are_refused(self, dtype: type, tmp_path: Path) -> None:
+        Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "odd.tif")
+        with pytest.raises(InputError, match=r"odd.tif holds 32-bit values \(mode [IF]\), whose range is not known"):
+            read_image(tmp_path / "odd.tif")
+
+    def test_too_many_pixels(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+        with pytest.raises(InputError, match=r"b.png has more pixels than is safe to decode"):
+            read_image(folder / "b.png")
+
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"there is no image file .*missing.png"):
             read_image(tmp_path / "missing.png")
@@ -96,6 +128,12 @@ class TestFindImages:
     def test_a_folder_is_searched_in_order(self, folder: Path) -> None:
         names = [str(path.relative_to(folder)) for path in find_images([folder])]
         assert names == ["a.JPG", "b.png", "below/d.png", "c.jpeg"]
+
+    def test_documents_and_hidden_files_are_no_photographs(self, folder: Path) -> None:
+        (folder / ".hidden").mkdir()
+        for name in ("paper.pdf", "._a.jpg", ".hidden/e.png"):
+            (folder / name).write_bytes(b"")
+        assert len(find_images([folder])) == 4
 
     def test_files_keep_their_order(self, folder: Path) -> None:
         assert [path.name for path in find_images([folder / "c.jpeg", folder / "a.JPG"])] == ["c.jpeg", "a.JPG"]
@@ -130,6 +168,14 @@ class TestImageStream:
             stream = ImageStream(images, PREPARE, batch_size=3)
             assert stream.image_size == (16, 24)
             torch.testing.assert_close(torch.cat(list(stream)), expected, rtol=0, atol=0)
+
+    def test_a_photograph_is_turned_upright_however_it_is_given(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise(40, 60).save(tmp_path / "turned.png", exif=exif)
+        with Image.open(tmp_path / "turned.png") as image:
+            streams = [ImageStream(images, PREPARE) for images in ([image], [tmp_path / "turned.png"])]
+            torch.testing.assert_close(*(torch.cat(list(stream)) for stream in streams), rtol=0, atol=0)
 
     def test_labelled_batches(self) -> None:
         images, labels = torch.rand(4, 3, 16, 24), torch.arange(4)
@@ -184,6 +230,9 @@ class TestImageStream:
             (3, "must be a tensor, photographs, paths or an iterable of batches, got int"),
             ([torch.rand(3, 8, 8)], r"got Tensor of shape \(3, 8, 8\)"),
             ([{"image": 1}], "got dict"),
+            ((torch.rand(1, 3, 8, 8) * 255).to(torch.uint8), r"images are torch.uint8; tensors must be preprocessed"),
+            ([torch.zeros(1, 3, 8, 8, dtype=torch.int64)], r"images are torch.int64"),
+            ([Image.new("RGB", (8, 8)), torch.rand(3, 8, 8)], "must hold PIL images or paths only"),
         ],
     )
     def test_images_of_no_known_kind(self, images: object, message: str) -> None:

@@ -42,7 +42,12 @@ def measured(numbers: dict[str, Any]) -> Measured:
     run.observe(*both)
     first = AttentionRun(model, paths[:1], device="cpu")
     first.observe(rollout := AttentionRollout(first.grid))
-    return Measured(model, both[0].compute(run.provenance()), both[1].compute(run.provenance()), rollout.compute().maps[0])
+    return Measured(
+        model,
+        both[0].compute(run.provenance(both[0].options)),
+        both[1].compute(run.provenance(both[1].options)),
+        rollout.compute().maps[0],
+    )
 
 
 def close(mine: Any, theirs: Any, tolerance: float) -> None:

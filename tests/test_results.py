@@ -105,3 +105,9 @@ class TestLoadResult:
         path = distance.save(tmp_path / "distance")
         with pytest.raises(InputError, match="holds a AttentionDistanceResult, not a AttentionRolloutResult"):
             AttentionRolloutResult.load(path)
+
+
+def test_a_result_introduces_itself_in_a_line(distance: AttentionDistanceResult) -> None:
+    shapes = "distance=(2, 2), std=(2, 2), patch_mass=(2, 2)"
+    assert repr(distance).startswith(f"AttentionDistanceResult({shapes}, uniform_distance=")
+    assert "sha256" not in repr(distance)

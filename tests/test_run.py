@@ -151,7 +151,7 @@ def test_layers_and_skipped_are_listed() -> None:
     attention.observe(Assemble())
     assert attention.layers == ["blocks.0.attn", "blocks.1.attn"]
     assert attention.skipped == ["attn_pool"]
-    provenance = attention.provenance()
+    provenance = attention.provenance({})
     assert (provenance["layers"], provenance["skipped"]) == (attention.layers, attention.skipped)
 
 
@@ -222,12 +222,25 @@ def test_parameters_are_the_same_and_without_gradients() -> None:
 
 
 def test_the_model_goes_home_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is one device only: the model is told to go to the one asked for, then back to its own."""
+    """There is one device only here: the run is made to believe that the model came from another."""
     model, went = small_vit(), []
     monkeypatch.setattr(model, "to", lambda device: went.append(device) or model)
+    attention = run(model, images())
+    attention._home = torch.device("meta")
     with pytest.raises(RuntimeError, match="broken"):
-        run(model, images()).observe(Fails())
-    assert went == [torch.device("cpu"), torch.device("cpu")]
+        attention.observe(Fails())
+    assert went == [torch.device("cpu"), torch.device("meta")]
+
+
+def test_a_model_that_is_where_it_should_be_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_vit()
+    monkeypatch.setattr(model, "to", None)
+    run(model, images()).observe(Assemble())
+
+
+def test_auto_leaves_a_model_on_its_accelerator() -> None:
+    model = small_vit().to("meta")
+    assert AttentionRun(model, images()).device == torch.device("meta")
 
 
 def test_a_model_that_does_not_fit_the_device_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,8 +253,10 @@ def test_a_model_that_does_not_fit_the_device_is_restored(monkeypatch: pytest.Mo
         return model
 
     monkeypatch.setattr(model, "to", to)
+    attention = run(model, images())
+    attention._home = torch.device("meta")
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(model, images()).observe(Assemble())
+        attention.observe(Assemble())
     assert all(module.training for module in model.modules())
 
 
@@ -264,7 +279,7 @@ def test_provenance_says_where_the_numbers_come_from(folder: Path) -> None:
     model.preprocessing = PREPARE
     attention = run(model, folder, batch_size=2)
     attention.observe(Assemble())
-    provenance = attention.provenance(prefix="drop")
+    provenance = attention.provenance({"prefix": "drop"})
     assert set(provenance) == {"model", "images", "preprocessing", "grid", "layers", "skipped", "options", "versions"}
     assert provenance["model"]["name"] == "small"
     assert provenance["model"]["class"] == "VisionTransformer"
@@ -286,7 +301,7 @@ def test_provenance_tells_images_apart_but_not_their_batches() -> None:
     for pictures, size in ((images(batch=5), 2), (images(batch=5), 3), (images(batch=5, seed=2), 2)):
         attention = run(small_vit(), pictures, batch_size=size)
         attention.observe(Assemble())
-        hashes.append(attention.provenance()["images"]["sha256"])
+        hashes.append(attention.provenance({})["images"]["sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -15,6 +15,7 @@ from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.config import ResNetConfig, ViTConfig
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid
+from vit_probe.images import Preprocessing
 from vit_probe.positions import resize_position_embedding
 from vit_probe.vit import VisionTransformer
 
@@ -251,3 +252,18 @@ def test_images_that_do_not_fit() -> None:
     assert model.config.image_size == (48, 48)
     with pytest.raises(InputError, match=r"num_classes must be 0 \(no head\) or more, got -1"):
         model.replace_head(-1)
+
+
+def test_resizing_replaces_the_tables_of_learned_2d_positions() -> None:
+    model = tiny(position="learned_2d")
+    before = model(images(64))
+    model.resize(64)
+    side = 64 // model.config.patch_stride[0]
+    assert model.pos_embed.grid == (side, side)
+    torch.testing.assert_close(model(images(64)), before)
+
+
+def test_resizing_takes_the_preprocessing_along() -> None:
+    model = tiny()
+    model.preprocessing = Preprocessing(size=(48, 48), resize=60)
+    assert model.resize(64).preprocessing == Preprocessing(size=(64, 64), resize=80)

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from vit_probe import terminal
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 
 if TYPE_CHECKING:
     from vit_probe.hooks import AttentionObserver
@@ -91,16 +91,17 @@ def figures(
         positions = None
     distance, rollout = AttentionDistance(run.grid), AttentionRollout(run.grid)
     _observe(run, distance, rollout)
-    far = distance.compute(run.provenance(prefix="renormalize"))
-    provenance = run.provenance(head_fusion="mean", discard_ratio=0.0)
-    rolled = rollout.compute(provenance, names=run.images.names, images=run.images.kept())
+    far = distance.compute(run.provenance(distance.options))
+    rolled = rollout.compute(run.provenance(rollout.options), names=run.images.names, images=run.images.kept())
     files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
     files += write_analysis(filters, filters.plot(), folder, "patch_filters", formats)
     if positions is not None:
         files += write_analysis(positions, positions.plot(), folder, "position_similarity", formats)
     files += write_analysis(rolled, rolled.plot(), folder, "rollout", formats)
     files += write_figure7(filters, positions, far, folder, formats)
-    options = {"limit": limit, "batch_size": batch_size, "prefix": "renormalize", "head_fusion": "mean", "components": 28}
+    options = (
+        distance.options | rollout.options | {"components": len(filters.filters), "limit": limit, "batch_size": batch_size}
+    )
     files.append(write_run(far.provenance | {"options": options}, files, folder))
     terminal.report(files, far.summary())
 
@@ -135,7 +136,7 @@ def distance(
     run = _attention_run(loaded, photographs, batch_size, device)
     measure = AttentionDistance(run.grid, prefix=prefix)
     _observe(run, measure)
-    result = measure.compute(run.provenance(prefix=prefix))
+    result = measure.compute(run.provenance(measure.options))
     files = write_analysis(result, result.plot(spread=spread), folder, "attention_distance", formats)
     if layers:
         axes = plot_sorted_heads(result.to_dataframe(), layers=layers)
@@ -183,20 +184,19 @@ def rollout(
     count: Count = 8,
 ) -> None:
     """Attention rollout: what reaches the class token, over each photograph."""
-    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
-    if not 0 <= discard_ratio < 1:
-        raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
-    loaded = _load(model)
     from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
     from vit_probe.output import write_analysis
 
+    if not 0 <= discard_ratio < 1:
+        raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
     if count > SHOWN_IMAGES:
         raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
+    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    loaded = _load(model)
     run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
     measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
     _observe(run, measure)
-    provenance = run.provenance(head_fusion=head_fusion, discard_ratio=discard_ratio)
-    result = measure.compute(provenance, names=run.images.names, images=run.images.kept())
+    result = measure.compute(run.provenance(measure.options), names=run.images.names, images=run.images.kept())
     axes = result.plot(kind=kind, count=count)
     terminal.report(write_analysis(result, axes, folder, "rollout", formats), result.summary())
 
@@ -217,6 +217,7 @@ def models() -> None:
 def main() -> None:
     """Runs the command; what the user can put right is one sentence on standard error and exit code 2."""
     warnings.showwarning = terminal.show_warning
+    warnings.simplefilter("always", AssumptionWarning)
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except InputError as error:
@@ -224,6 +225,8 @@ def main() -> None:
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         message = message.replace("Value error, ", "")
+        if not message:  # no command: help was shown
+            sys.exit(2)
     except (Abort, KeyboardInterrupt):
         sys.exit(130)
     terminal.complain(message)
@@ -238,7 +241,7 @@ def _prepare(
     limit: int | None,
     formats: Sequence[Format] | None,
 ) -> tuple[Path, list[str], list[Any]]:
-    """Everything that can be checked before torch is loaded: the output folder, the formats, the list of images."""
+    """Everything that can be checked before the model is loaded: the images there are, the output folder, the formats."""
     from vit_probe.files import writable_folder
 
     if model is None:

@@ -42,5 +42,5 @@ def writable_folder(path: str | Path) -> Path:
         with NamedTemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write into the folder {path}: {error.strerror}; choose another with --out") from None
+        raise InputError(f"cannot write into {path} as a folder: {error.strerror}; choose another") from None
     return path

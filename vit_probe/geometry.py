@@ -98,8 +98,10 @@ def find_token_grid(model: nn.Module, height: int, width: int) -> TokenGrid:
     kernel; prefix tokens are counted from the same configuration, or from the model's token parameters.
 
     Raises:
-        InputError: If the model does not tell how large its patches are.
+        InputError: If the model does not tell how large its patches are, or shuffles them.
     """
+    if getattr(getattr(model, "config", None), "mask_ratio", None) is not None:
+        raise InputError(f"{type(model).__name__} drops and shuffles patches at random, so that none has a place of its own")
     own: Callable[[int, int], TokenGrid] | None = getattr(model, "token_grid", None)
     if own is not None:
         return own(height, width)

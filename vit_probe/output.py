@@ -21,10 +21,10 @@ __all__ = ["root_figure", "write_analysis", "write_figure7", "write_run"]
 
 def write_analysis(result: Result, axes: Axes, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
     """Writes `name.png` (and other formats), `name.csv` and `name.safetensors`, the result with its provenance."""
-    frame = result.to_dataframe()
     if isinstance(result, PositionSimilarityResult):  # all pairs of a large grid are millions of rows: those of the picture
-        rows, cols = (shown_patches(size) for size in result.similarity.shape[:2])
-        frame = frame[frame["row"].isin(rows) & frame["col"].isin(cols)]
+        frame = result.to_dataframe(*(shown_patches(size).tolist() for size in result.similarity.shape[:2]))
+    else:
+        frame = result.to_dataframe()
     table = frame.to_csv(index=False, float_format="%.8g").encode()
     return [
         *save_figure(root_figure(axes), folder / name, formats),

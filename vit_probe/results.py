@@ -22,10 +22,10 @@ from vit_probe.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Result", "load_result", "software_versions", "weights_sha256"]
+__all__ = ["Result", "check_finite", "load_result", "software_versions", "weights_sha256"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Result:
     """Base of all results; each is a frozen dataclass of arrays and plain values.
 
@@ -40,6 +40,12 @@ class Result:
     def __post_init__(self) -> None:
         # As JSON will give it back, so that a saved result equals the one that was saved.
         object.__setattr__(self, "provenance", json.loads(json.dumps(self.provenance, default=str)))
+
+    def __repr__(self) -> str:
+        """Arrays by their shapes; the provenance is left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "provenance"}
+        shown = (f"{name}={value.shape if isinstance(value, np.ndarray) else repr(value)}" for name, value in values.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __init_subclass__(cls) -> None:
         Result._kinds[cls.__name__] = cls
@@ -96,7 +102,15 @@ def load_result(path: str | Path) -> Result:
     if "vit_probe" not in metadata:
         raise InputError(f"{path} is a safetensors file, but not a saved result of vit_probe")
     content = json.loads(metadata["vit_probe"])
+    if content["kind"] not in Result._kinds:
+        raise InputError(f"{path} holds a result of a kind that this version does not know, {content['kind']}")
     return Result._kinds[content["kind"]](**arrays, **content["values"])
+
+
+def check_finite(values: np.ndarray, what: str) -> None:
+    """Raise InputError if `values` holds NaN or infinity."""
+    if not np.isfinite(values).all():
+        raise InputError(f"{what} are not all finite; the model's weights or the images hold NaN or infinity, or overflow")
 
 
 def weights_sha256(model: nn.Module) -> str:

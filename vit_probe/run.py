@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, find_token_grid
 from vit_probe.hooks import AttentionObserver, ForwardStopped, attention_hooks
-from vit_probe.images import Images, ImageStream, Preprocessing
+from vit_probe.images import Preprocessing
 from vit_probe.results import software_versions, weights_sha256
+from vit_probe.stream import Images, ImageStream
 
 __all__ = ["AttentionRun", "model_provenance", "select_device"]
 
@@ -24,11 +26,12 @@ class AttentionRun:
 
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
-        images: See `vit_probe.images.Images`.
+        images: See `vit_probe.stream.Images`.
         grid: Where the patches lie; read from the model if None.
         preprocessing: How photographs are prepared; the model's own if None.
         batch_size: Images a forward pass.
-        device: `auto` takes CUDA or MPS where there is one, else the CPU; or a device of torch.
+        device: `auto` leaves a model where it is unless that is the CPU, and then takes CUDA or MPS where there is one;
+            or a device of torch. The model is moved back afterwards.
         keep_images: How many photographs to keep for display; see `ImageStream.kept`.
 
     Raises:
@@ -47,10 +50,18 @@ class AttentionRun:
         keep_images: int = 0,
     ) -> None:
         self.model = model
-        self.device = select_device(device)
+        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = self._home if device == "auto" and self._home.type != "cpu" else select_device(device)
         preprocessing = preprocessing or getattr(model, "preprocessing", None)
         self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images)
         self.grid = grid or find_token_grid(model, *self.images.image_size)
+        rows, cols = (length // patch for length, patch in zip(self.images.image_size, self.grid.patch_size, strict=True))
+        # Overlapping patches may be one fewer a side; a grid that is off by more belongs to other images.
+        if max(abs(rows - self.grid.rows), abs(cols - self.grid.cols)) > 1:
+            height, width = self.images.image_size
+            raise InputError(
+                f"images of {height} x {width} pixels make {rows} x {cols} patches, which {self.grid} does not fit"
+            )
         self.layers: list[str] = []
         self.skipped: list[str] = []
 
@@ -64,9 +75,10 @@ class AttentionRun:
         """
         training = {module: module.training for module in self.model.modules()}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        home = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         try:
-            self.model.eval().to(self.device)
+            self.model.eval()
+            if self.device != self._home:
+                self.model.to(self.device)
             with torch.no_grad(), attention_hooks(self.model, *measures) as hooks:
                 for batch in self.images:
                     with suppress(ForwardStopped):
@@ -76,14 +88,15 @@ class AttentionRun:
                         progress(len(batch))
             self.layers, self.skipped = hooks.layers, hooks.skipped
         finally:
-            self.model.to(home)
+            if self.device != self._home:
+                self.model.to(self._home)
             for module, mode in training.items():
                 module.training = mode
 
-    def provenance(self, **options: Any) -> dict[str, Any]:
-        """Where the numbers of this run come from: model, weights, images, grid, layers, options, versions."""
+    def provenance(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Where the numbers of a measure with these options come from: model, weights, images, grid, layers, versions."""
         return {
-            "model": model_provenance(self.model),
+            "model": self._model_provenance,
             "images": self.images.provenance(),
             "preprocessing": asdict(self.images.preprocessing) if self.images.preprocessing else None,
             "grid": asdict(self.grid),
@@ -92,6 +105,10 @@ class AttentionRun:
             "options": options,
             "versions": software_versions(),
         }
+
+    @cached_property
+    def _model_provenance(self) -> dict[str, Any]:
+        return model_provenance(self.model)
 
 
 def model_provenance(model: nn.Module) -> dict[str, Any]:

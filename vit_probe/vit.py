@@ -150,6 +150,8 @@ class VisionTransformer(nn.Module):
     def resize(self, image_size: int | tuple[int, int]) -> VisionTransformer:
         """Makes `image_size` (one side or both) the native one, interpolating the position table; returns the model.
 
+        `preprocessing`, where there is one, is scaled along.
+
         References:
             Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2 (fine-tuning at higher resolution).
         """
@@ -162,6 +164,8 @@ class VisionTransformer(nn.Module):
                 table = self._position_embedding(grid)
             self.pos_embed = nn.Parameter(table.clone(), requires_grad=self.pos_embed.requires_grad)
         self.config = config
+        if self.preprocessing is not None:
+            self.preprocessing = self.preprocessing.scaled(as_pair(image_size, "image_size"))
         return self
 
     def _embed(self, images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,23 @@ def test_a_folder_with_a_damaged_file_names_it(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
         load_model(tmp_path)
+
+
+def test_parameters_that_are_not_finite(tmp_path: Path) -> None:
+    model = VisionTransformer(TINY)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[0, 0] = torch.nan
+    save_file(model.state_dict(), tmp_path / "diverged.safetensors")
+    with pytest.raises(InputError, match=r"holds NaN or infinity .* in blocks\.0\.attn\.qkv\.weight"):
+        load_model(tmp_path / "diverged.safetensors", num_heads=4)
+
+
+def test_assumed_heads_are_said(tmp_path: Path) -> None:
+    config = replace(TINY, embed_dim=192, num_heads=3)
+    save_file(VisionTransformer(config).state_dict(), tmp_path / "bare.safetensors")
+    with pytest.warns(AssumptionWarning, match="3 are assumed, as published models have of width 192"):
+        load_model(tmp_path / "bare.safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AssumptionWarning)
+        load_model(tmp_path / "bare.safetensors", num_heads=3)
+    assert not [warning for warning in caught if "heads" in str(warning.message)]

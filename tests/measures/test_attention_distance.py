@@ -272,11 +272,14 @@ def test_a_grid_that_does_not_fit() -> None:
         mean_attention_distance(small_vit(), images(), grid=GRID, device="cpu")
 
 
-def test_a_grid_that_is_given_is_used() -> None:
-    grid = TokenGrid(4, 3, (80, 60), 1, True)
-    result = mean_attention_distance(small_vit(), images(), grid=grid, device="cpu")
-    assert result.uniform_distance == grid.uniform_distance()
-    agrees(result, expected_attention(small_vit(), images()), grid, "renormalize")
+def test_a_grid_of_other_images() -> None:
+    with pytest.raises(InputError, match=r"make 3 x 4 patches, which TokenGrid\(rows=1, cols=6.* does not fit"):
+        mean_attention_distance(small_vit(), images(), grid=TokenGrid(1, 6, GRID.patch_size, 1, True), device="cpu")
+
+
+def test_attention_that_is_not_finite() -> None:
+    with pytest.raises(InputError, match="attention distances are not all finite"):
+        mean_attention_distance(small_vit(), images() * torch.nan, device="cpu")
 
 
 def test_nothing_measured() -> None:

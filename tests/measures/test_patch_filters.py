@@ -175,14 +175,20 @@ def test_saved_and_read_back(components: int | None, tmp_path) -> None:
 # Errors
 
 
-@pytest.mark.parametrize(("dim", "components"), [(32, 0), (32, -1), (32, 32), (64, 37)])
-def test_too_many_components(dim: int, components: int) -> None:
-    available = min(dim - 1, 36)
-    with pytest.raises(
-        InputError, match=f"{dim} filters of 3 x 3 x 4 weights, so 1 to {available} principal.*got components={components}"
-    ):
-        patch_filters(_model(dim), components=components)
-    assert len(patch_filters(_model(dim), components=available).filters) == available
+@pytest.mark.parametrize("components", [0, -1])
+def test_less_than_one_component(components: int) -> None:
+    with pytest.raises(InputError, match=f"components must be at least 1 .*got {components}"):
+        patch_filters(_model(32), components=components)
+
+
+@pytest.mark.parametrize(("dim", "available"), [(32, 31), (64, 36)])
+def test_no_more_components_than_there_are(dim: int, available: int) -> None:
+    assert len(patch_filters(_model(dim), components=1000).filters) == available
+
+
+def test_filters_that_are_not_finite() -> None:
+    with pytest.raises(InputError, match="filters are not all finite"):
+        patch_filters(_conv(torch.full((4, 3, 2, 2), torch.nan)))
 
 
 def test_no_convolution_over_colours() -> None:

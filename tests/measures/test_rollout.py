@@ -303,3 +303,10 @@ class _FailsAfter:
             raise RuntimeError("interrupted")
         self.tiles -= 1
         self.measure.update(tile)
+
+
+def test_shards_of_models_of_another_depth() -> None:
+    shallow, deep = (feed(AttentionRollout(GRID), random_attention(GRID, layers=layers)) for layers in (2, 3))
+    shallow.merge(deep)
+    with pytest.raises(InputError, match="different numbers of layers"):
+        shallow.compute()

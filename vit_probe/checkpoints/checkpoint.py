@@ -59,6 +59,9 @@ class Checkpoint:
         found = [f"{kind}: {', '.join(names)}" for kind, names in problems if names]
         if found:
             raise InputError(f"the checkpoint does not fit the model it describes; {'; '.join(found)}")
+        unusable = [name for name, value in state.items() if not value.isfinite().all()]
+        if unusable:
+            raise InputError(f"the checkpoint holds NaN or infinity (a diverged training?) in {', '.join(unusable[:5])}")
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
         model.preprocessing = self.preprocessing
         if self.preprocessing is None and config.in_channels == 3:
@@ -68,10 +71,11 @@ class Checkpoint:
 
 def _assumed(config: ViTConfig) -> Preprocessing:
     size = as_pair(config.image_size, "image_size")
-    preprocessing = Preprocessing(size, round(max(size) * 256 / 224))
+    preprocessing = Preprocessing.usual(size)
     warnings.warn(
         "the checkpoint does not say how photographs are prepared for it; ImageNet's mean and standard deviation are assumed "
-        f"and {size[0]} x {size[1]} pixels cut from a shorter side of {preprocessing.resize}: else set model.preprocessing",
+        f"and {size[0]} x {size[1]} pixels cut from a shorter side of {preprocessing.resize} "
+        "(from Python, set model.preprocessing)",
         AssumptionWarning,
         stacklevel=4,
     )

@@ -87,7 +87,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray], overrides: Mapping[str, Any]) 
     config = config_from_shapes(state, known | dict(overrides))
     size = as_pair(config.image_size, "image_size")
     half = (0.5, 0.5, 0.5)
-    preprocessing = Preprocessing(size, round(max(size) * 256 / 224), mean=half, std=half, interpolation="bilinear")
+    preprocessing = Preprocessing.usual(size, mean=half, std=half, interpolation="bilinear")
     return Checkpoint(config, state, preprocessing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vit_probe.config import ResNetConfig, ViTConfig, as_pair
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 
 __all__ = ["config_from_shapes"]
 
@@ -103,8 +104,14 @@ def _num_heads(state: Mapping[str, Tensor], width: int) -> int:
     if width not in _HEADS:
         raise InputError(
             f"the number of attention heads cannot be told from the checkpoint (a width of {width} is no published "
-            "model's); pass num_heads= to load_model"
+            "model's); pass num_heads= to load_model; save_model keeps it"
         )
+    warnings.warn(
+        f"the checkpoint does not say how many attention heads a layer has; {_HEADS[width]} are assumed, as published "
+        f"models have of width {width} (from Python, pass num_heads= to load_model; save_model keeps it)",
+        AssumptionWarning,
+        stacklevel=2,
+    )
     return _HEADS[width]
 
 

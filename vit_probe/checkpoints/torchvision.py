@@ -60,4 +60,4 @@ def from_state(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> Che
     renamed = rename(state, _NAMES)
     config = config_from_shapes(renamed, {"position_resampling": "bicubic-align-corners"} | dict(overrides))
     size = as_pair(config.image_size, "image_size")
-    return Checkpoint(config, renamed, Preprocessing(size, round(max(size) * 256 / 224), interpolation="bilinear"))
+    return Checkpoint(config, renamed, Preprocessing.usual(size, interpolation="bilinear"))

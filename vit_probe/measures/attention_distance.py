@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid
 from vit_probe.hooks import AttentionTile
-from vit_probe.images import Images, Preprocessing
-from vit_probe.results import Result
+from vit_probe.images import Preprocessing
+from vit_probe.results import Result, check_finite
 from vit_probe.run import AttentionRun
+from vit_probe.stream import Images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ __all__ = ["AttentionDistance", "AttentionDistanceResult", "Prefix", "mean_atten
 Prefix = Literal["renormalize", "drop"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AttentionDistanceResult(Result):
     """Mean attention distance of every head.
 
@@ -118,7 +119,7 @@ def mean_attention_distance(
     run = AttentionRun(model, images, grid=grid, preprocessing=preprocessing, batch_size=batch_size, device=device)
     measure = AttentionDistance(run.grid, prefix=prefix)
     run.observe(measure)
-    return measure.compute(run.provenance(prefix=prefix))
+    return measure.compute(run.provenance(measure.options))
 
 
 class AttentionDistance:
@@ -135,15 +136,21 @@ class AttentionDistance:
         self._sums: list[_Sums] = []
         self._pending: Tensor | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What distinguishes this measure from others of its kind, for provenance."""
+        return {"prefix": self.prefix}
+
     def update(self, tile: AttentionTile) -> None:
         """Adds a tile. An image counts once its last query has come."""
         self.grid.check_tokens(tile.num_tokens)
         first = self.grid.num_prefix_tokens
         start, stop = max(tile.queries.start - first, 0), max(tile.queries.stop - first, 0)
-        if tile.queries.start == 0 or self._pending is None:
+        if tile.queries.start == 0:
             count, heads = tile.probabilities.shape[:2]
             device = tile.probabilities.device
             self._pending = torch.zeros(2, count, heads, dtype=_wide(device), device=device)
+        assert self._pending is not None
         if stop > start:
             patches = tile.probabilities[:, :, start + first - tile.queries.start :, first:]
             distances = self.grid.distances(start, stop, device=patches.device)
@@ -180,6 +187,7 @@ class AttentionDistance:
             shapes = ", ".join(f"{layer.mean.shape[1]} heads on {layer.count} images" for layer in self._sums)
             raise InputError(f"the layers differ in heads or images ({shapes}); they do not make one table")
         mean = np.stack([layer.mean for layer in self._sums], axis=1)
+        check_finite(mean, "attention distances")
         return AttentionDistanceResult(
             distance=mean[0],
             std=np.stack([layer.std() for layer in self._sums]),

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from vit_probe.errors import InputError
-from vit_probe.results import Result, software_versions
+from vit_probe.results import Result, check_finite, software_versions
 from vit_probe.run import model_provenance
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PatchFiltersResult", "patch_filters"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PatchFiltersResult(Result):
     """Filters of a first layer, or their principal components.
 
@@ -80,15 +80,17 @@ def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFilt
 
     Args:
         model: Any model whose first layer is a convolution over 1 or 3 colour channels.
-        components: How many components, in order of explained variance; None for the filters themselves, without PCA.
+        components: At most so many, in order of explained variance (there are no more than filters less one, or weights in a
+            filter); None for the filters themselves, without PCA.
 
     Raises:
-        InputError: If there is no such convolution, or more components are asked for than there are.
+        InputError: If there is no such convolution, or `components` is below 1.
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (left) and section 4.5.
     """
     name, weight = _first_convolution(model)
+    check_finite(weight, "filters")
     filters, channels, rows, cols = weight.shape
     provenance = {
         "model": model_provenance(model),
@@ -100,11 +102,9 @@ def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFilt
         nothing = np.full(filters, np.nan)
         return PatchFiltersResult(filters=weight, explained_variance_ratio=nothing, principal=False, provenance=provenance)
     available = min(filters - 1, channels * rows * cols)
-    if not 1 <= components <= available:
-        raise InputError(
-            f"{name} has {filters} filters of {channels} x {rows} x {cols} weights, so 1 to {available} principal components; "
-            f"got components={components}"
-        )
+    if components < 1:
+        raise InputError(f"components must be at least 1 (or None for the filters themselves), got {components}")
+    components = min(components, available)
     pca = PCA(n_components=components, svd_solver="full").fit(weight.reshape(filters, -1))
     largest = np.abs(pca.components_).argmax(axis=1)
     signs = np.sign(pca.components_[np.arange(components), largest])

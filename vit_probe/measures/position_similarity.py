@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from vit_probe.errors import InputError
 from vit_probe.geometry import find_token_grid
-from vit_probe.results import Result, software_versions
+from vit_probe.results import Result, check_finite, software_versions
 from vit_probe.run import model_provenance
-from vit_probe.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PositionSimilarityResult", "position_similarity"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PositionSimilarityResult(Result):
     """Cosine similarity of each patch's position embedding with every other's.
 
@@ -32,9 +32,13 @@ class PositionSimilarityResult(Result):
 
     similarity: Float[np.ndarray, "row col row col"]
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row a pair of patches: row, col, other_row, other_col, similarity."""
-        return _pairs(self.similarity, np.arange(self.similarity.shape[0]), np.arange(self.similarity.shape[1]))
+    def to_dataframe(self, rows: Sequence[int] | None = None, cols: Sequence[int] | None = None) -> pd.DataFrame:
+        """One row a pair of patches: row, col, other_row, other_col, similarity; row and col among those given, if any are."""
+        height, width = self.similarity.shape[:2]
+        tiles = np.arange(height) if rows is None else np.asarray(rows), np.arange(width) if cols is None else np.asarray(cols)
+        index = np.meshgrid(*tiles, np.arange(height), np.arange(width), indexing="ij")
+        columns = {name: i.ravel() for name, i in zip(("row", "col", "other_row", "other_col"), index, strict=True)}
+        return pd.DataFrame(columns | {"similarity": self.similarity[np.ix_(*tiles)].ravel()})
 
     def summary(self) -> pd.DataFrame:
         """One row: grid, mean similarity of neighbouring patches, and of all pairs."""
@@ -74,6 +78,7 @@ def position_similarity(model: nn.Module) -> PositionSimilarityResult:
     """
     table, rows, cols = _position_table(model)
     vectors = table.detach().double().cpu().numpy()
+    check_finite(vectors, "position embeddings")
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     similarity = np.clip(vectors @ vectors.T, -1, 1).astype(np.float32).reshape(rows, cols, rows, cols)
     provenance: dict[str, Any] = {"model": model_provenance(model), "options": {}, "versions": software_versions()}
@@ -82,11 +87,10 @@ def position_similarity(model: nn.Module) -> PositionSimilarityResult:
 
 def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, int]:
     """The entries of the patches, with rows and columns of their grid."""
-    if isinstance(model, VisionTransformer):
-        own = model.position_table()
-        if own is None:
+    if callable(table := getattr(model, "position_table", None)):  # our own
+        if (own := table()) is None:
             raise InputError("this model has no position embedding (position='none'); there is nothing to compare")
-        return own
+        return cast(tuple[Tensor, int, int], own)
     names = ("pos_embed", "position_embeddings", "pos_embedding", "position_embedding.weight", "positional_embedding")
     tables = [parameter for name, parameter in model.named_parameters() if name.endswith(names)]
     size = getattr(getattr(model, "config", model), "image_size", None) or getattr(
@@ -100,14 +104,6 @@ def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, 
     height, width = (size, size) if isinstance(size, int) else size
     grid = find_token_grid(model, height, width)
     table = tables[0].reshape(-1, tables[0].shape[-1])
-    if len(table) < grid.num_patches:
-        raise InputError(f"the position table of {type(model).__name__} has {len(table)} entries, but {grid} has more patches")
+    if not 0 <= len(table) - grid.num_patches <= grid.num_prefix_tokens:
+        raise InputError(f"the position table of {type(model).__name__} has {len(table)} entries, which does not fit {grid}")
     return table[len(table) - grid.num_patches :], grid.rows, grid.cols
-
-
-def _pairs(similarity: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> pd.DataFrame:
-    """The tidy table of the tiles at these rows and columns."""
-    index = np.meshgrid(rows, cols, *(np.arange(n) for n in similarity.shape[2:]), indexing="ij")
-    names = ("row", "col", "other_row", "other_col")
-    columns = {name: values.ravel() for name, values in zip(names, index, strict=True)}
-    return pd.DataFrame(columns | {"similarity": similarity[np.ix_(rows, cols)].ravel()})

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid
 from vit_probe.hooks import AttentionTile
-from vit_probe.images import Images, Preprocessing
-from vit_probe.results import Result
+from vit_probe.images import Preprocessing
+from vit_probe.results import Result, check_finite
 from vit_probe.run import AttentionRun
+from vit_probe.stream import Images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ SHOWN_IMAGES = 64
 """Photographs that a result keeps beside its maps."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AttentionRolloutResult(Result):
     """A rollout map of every image.
 
@@ -111,7 +112,7 @@ def attention_rollout(
     )
     measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
     run.observe(measure)
-    provenance = run.provenance(head_fusion=head_fusion, discard_ratio=discard_ratio)
+    provenance = run.provenance(measure.options)
     return measure.compute(provenance, names=run.images.names, images=run.images.kept())
 
 
@@ -134,6 +135,11 @@ class AttentionRollout:
         self._rollouts: list[Tensor] = []  # of the current batch, an image each
         self._reached: list[int] = []  # how many layers each of them has gone through
         self._layer: Tensor | None = None  # fused attention of the current images, filled tile by tile
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What distinguishes this measure from others of its kind, for provenance."""
+        return {"head_fusion": self.head_fusion, "discard_ratio": self.discard_ratio}
 
     def update(self, tile: AttentionTile) -> None:
         """Adds a tile. Once its images have all their queries, their rollout moves on by a layer."""
@@ -176,6 +182,7 @@ class AttentionRollout:
         if not self._maps:
             raise InputError("no attention has been measured yet")
         maps = np.concatenate(self._maps)
+        check_finite(maps, "rollout maps")
         return AttentionRolloutResult(
             maps=maps,
             images=images,

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.legend import Legend
 from matplotlib.ticker import MultipleLocator
 from numpy.typing import NDArray
 
@@ -22,6 +23,8 @@ __all__ = ["plot_attention_distance", "plot_sorted_heads"]
 _COLUMNS = ("layer", "head", "distance", "std", "patch_mass", "uniform_distance", "num_images")
 _LINE = {"color": "#D55E00", "linestyle": (0, (4, 2)), "linewidth": 1.0, "zorder": 1}
 _LEGEND_BAND = 1.17  # the axis ends so much above the highest mark, and the legend lies in between
+_LEGEND_WIDTH = 0.88  # of the axes, the rest being kept for a layout that is yet to narrow them
+_MOST_LEGEND = 0.5  # of the axes' height
 _TICK_INCHES = 0.21  # what a number of two digits needs
 _DODGE = 0.6  # of the room between two layers, over which error bars are spread
 _PALE_TO_BLUE = LinearSegmentedColormap.from_list("pale_to_blue", ["white", "#0072B2"])
@@ -73,10 +76,9 @@ def plot_attention_distance(frame: pd.DataFrame, *, ax: Axes | None = None, spre
         axes.axhline(uniform, label="uniform attention", **_LINE)  # type: ignore[arg-type]
         _whole_numbers(axes, layer.min() - 0.6, layer.max() + 0.6)
         highest = float(np.nanmax([*(distance + std if spread else distance), uniform]))
-        axes.set_ylim(0, highest * _LEGEND_BAND)
         axes.set_xlabel("Network depth (layer)")
         axes.set_ylabel("Mean attention distance (pixels)")
-        axes.legend(loc="upper left", ncols=2, frameon=False)
+        axes.set_ylim(0, (highest or 1.0) * max(_LEGEND_BAND, _above_marks(axes, _fitting_legend(axes))))
         _mass_bar(axes, dots)
     return axes
 
@@ -113,7 +115,7 @@ def plot_sorted_heads(frame: pd.DataFrame, *, layers: Sequence[int] | None = Non
             marker = _MARKERS[index % len(_MARKERS)]
             axes.plot(distances, color=colours[index], marker=marker, markersize=3.5, label=f"layer {layer}")
         axes.axhline(uniform, label="uniform", **_LINE)  # type: ignore[arg-type]
-        axes.set_ylim(0, highest * 1.05)
+        axes.set_ylim(0, (highest or 1.0) * 1.05)
         _whole_numbers(axes, -0.4, most - 0.6)
         axes.set_xlabel("Sorted attention heads")
         axes.set_ylabel("Mean attention distance (pixels)")
@@ -123,6 +125,23 @@ def plot_sorted_heads(frame: pd.DataFrame, *, layers: Sequence[int] | None = Non
 
 def _inches(axes: Axes) -> float:
     return float(axes.get_window_extent().width / axes.figure.dpi)
+
+
+def _fitting_legend(axes: Axes) -> Legend:
+    """The legend in one line; where the axes are too narrow, in several, and where they still are, in few words."""
+    handles, labels = axes.get_legend_handles_labels()
+    short = [label.split(" over ")[0].removesuffix(" attention") for label in labels]
+    for names, columns in ((labels, len(labels)), (labels, 1), (short, 1)):
+        legend = axes.legend(handles, names, loc="upper left", ncols=columns, frameon=False)
+        if legend.get_window_extent().width <= _LEGEND_WIDTH * axes.get_window_extent().width:
+            break
+    return legend
+
+
+def _above_marks(axes: Axes, legend: Legend) -> float:
+    """Where the axis must end, relative to the highest mark, to leave room for the legend."""
+    part = float(legend.get_window_extent().height / axes.get_window_extent().height)
+    return 1 / (1 - min(1.15 * part + 0.02, _MOST_LEGEND))
 
 
 def _whole_numbers(axes: Axes, lowest: float, highest: float) -> None:

@@ -47,8 +47,8 @@ def plot_figure7(
             figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.03)
             return plot_figure7(filters, similarity, frame, figure=figure)
     left, centre, right = figure.subplots(1, 3, width_ratios=(1.12, 1.06, 1.1))
-    title = f"RGB embedding filters\n(first {len(filters)} principal components)"
-    plot_patch_filters(filters, title=title, ax=left)
+    components = "principal component" if len(filters) == 1 else f"{len(filters)} principal components"
+    plot_patch_filters(filters, title=f"RGB embedding filters\n(first {components})", ax=left)
     if similarity is None:
         bare(centre)
         centre.set_facecolor("#F3F3F3")

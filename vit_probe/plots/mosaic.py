@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-__all__ = ["arrange", "bare", "centres", "inches_per_pixel", "mosaic"]
+__all__ = ["arrange", "bar_axes", "bare", "centres", "inches_per_pixel", "mosaic"]
+
+_SHORTEST_BAR = 0.34  # inches; the numbers at the two ends of a shorter colour bar would collide
 
 
 def mosaic(tiles: NDArray[Any], *, gap: tuple[int, int], fill: float) -> NDArray[Any]:
@@ -49,6 +51,12 @@ def inches_per_pixel(ax: Axes, height: int, width: int) -> float:
     """How large a pixel of a picture of (height, width) is printed on these axes, near enough to place text."""
     box = ax.get_window_extent()
     return float(min(box.width / width, box.height / height) / ax.figure.dpi)
+
+
+def bar_axes(ax: Axes, width: float, height: float) -> Axes:
+    """Axes for a slim colour bar beside a picture of (width, height) inches: as high as it, if that is legible."""
+    thickness, length = 0.1 / width, max(1.0, _SHORTEST_BAR / height)
+    return ax.inset_axes((1 + thickness, 0.5 - length / 2, thickness, length))
 
 
 def bare(ax: Axes) -> None:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import centres, inches_per_pixel, mosaic
+from vit_probe.plots.mosaic import bar_axes, centres, inches_per_pixel, mosaic
 from vit_probe.plots.style import WIDTHS, drawing_axes
 
 __all__ = ["plot_position_similarity", "shown_patches"]
@@ -79,8 +79,8 @@ def plot_position_similarity(
         axes.set_ylabel("Input patch row")
         axes.set_title("Position embedding similarity")
         if colorbar:
-            thickness = 0.1 / (picture.shape[1] * scale)
-            bar = axes.figure.colorbar(image, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)), ticks=[-1, 1])
+            place = bar_axes(axes, picture.shape[1] * scale, picture.shape[0] * scale)
+            bar = axes.figure.colorbar(image, cax=place, ticks=[-1, 1])
             bar.set_label("Cosine similarity", labelpad=-7 if picture.shape[0] * scale > _LONG_BAR else 2)
             bar.outline.set_visible(False)
     return axes

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import arrange, bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.mosaic import arrange, bar_axes, bare, centres, inches_per_pixel, mosaic
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text
 
 __all__ = ["attention_over_black", "plot_rollout"]
@@ -26,6 +26,8 @@ _HEADING_INCHES = 0.6  # what "Attention" takes at 8 pt, with room on both sides
 _TITLE_INCHES = 0.17
 _MARGIN = 0.03
 _BAR_INCHES = 0.55
+_LOW = 0.7  # inches; on a lower bar, the label stands beyond the words at its ends
+_LOW_BAR_INCHES = 0.72
 _TALLEST = 8.5  # what a page leaves for a figure
 _OVERLAY = 0.6  # the heat map's share in the picture it is laid upon
 _VIRIDIS = mpl.colormaps["viridis"]
@@ -92,7 +94,7 @@ def plot_rollout(
     tiles, half = _tiles(values, pictures, kind)
     (height, width), unit = tiles.shape[1:3], tiles.shape[1] if pictures is None else half
     if columns is None:
-        columns = math.ceil((len(tiles) * height / width) ** 0.5 - 0.3)
+        columns = max(1, math.ceil((len(tiles) * height / width) ** 0.5 - 0.3))
     columns = min(columns, len(tiles))
     lines = -(-len(tiles) // columns)
     between = max(1, round((0.06 if pictures is None else 0.14) * unit))
@@ -101,16 +103,21 @@ def plot_rollout(
     title_inches = _TITLE_INCHES if titles else 0.0
     top = 0.08 if pictures is None else 0.22
     bottom = title_inches + (0.08 if with_bar else _MARGIN)
-    margins = (_MARGIN, bottom, _BAR_INCHES if with_bar else _MARGIN, top)
+    right = _BAR_INCHES if with_bar else _MARGIN
     if ax is None:
-        widest = WIDTHS["icml" if columns == 1 else "neurips"] - margins[0] - margins[2]
-        scale = min(widest / across, (_TALLEST - lines * title_inches) / (lines * (height + 0.06 * unit)))
+        widest = WIDTHS["icml" if columns == 1 else "neurips"] - _MARGIN - right
+        room = max(_TALLEST - lines * title_inches, _TALLEST / 2)
+        scale = min(widest / across, room / (lines * (height + 0.06 * unit)))
     else:
         scale = inches_per_pixel(ax, lines * height, across)
     below = max(1, round(0.06 * unit)) + round(title_inches / scale)
     picture = mosaic(arrange(tiles, columns, fill=255), gap=(below, between), fill=255)
-    size = (across * scale + margins[0] + margins[2], picture.shape[0] * scale + margins[1] + margins[3])
-    with drawing_axes(ax, size, margins) as axes:
+    inches = (across * scale, picture.shape[0] * scale)
+    if with_bar and inches[1] < _LOW:
+        right, spare = _LOW_BAR_INCHES, (_LOW - inches[1]) / 2
+        top, bottom = max(top, spare), max(bottom, spare)
+    size = (inches[0] + _MARGIN + right, inches[1] + bottom + top)
+    with drawing_axes(ax, size, (_MARGIN, bottom, right, top)) as axes:
         axes.imshow(picture, aspect="equal")
         bare(axes)
         if pictures is not None:
@@ -124,7 +131,7 @@ def plot_rollout(
                 text, place, (0, -2), textcoords="offset points", ha="center", va="top", annotation_clip=False, parse_math=False
             )
         if with_bar:
-            _bar(axes, 0.09 / (across * scale))
+            _bar(axes, *inches)
     return axes
 
 
@@ -138,12 +145,12 @@ def _head(axes: Axes, left: NDArray[np.float64], right: NDArray[np.float64], inc
         axes.set_xticks([(left[0] + right[-1]) / 2], ["Pairs of input (left) and attention (right)"])
 
 
-def _bar(axes: Axes, thickness: float) -> None:
-    """Say what the colours mean, on the right; `thickness` is a fraction of the axes' width."""
-    place = axes.inset_axes((1 + thickness, 0, thickness, 1))
+def _bar(axes: Axes, width: float, height: float) -> None:
+    """Say what the colours mean, to the right of a picture of so many inches."""
+    place = bar_axes(axes, width, height)
     bar = axes.figure.colorbar(ScalarMappable(Normalize(0, 1), _VIRIDIS), cax=place, ticks=[0, 1])
     place.set_yticklabels(["min", "max"])
-    bar.set_label("Attention", labelpad=-12)
+    bar.set_label("Attention", labelpad=-12 if height >= _LOW else 2)
     bar.outline.set_visible(False)
 
 

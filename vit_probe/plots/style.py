@@ -17,7 +17,17 @@ from matplotlib.textpath import TextPath
 from vit_probe.errors import InputError
 from vit_probe.files import write_bytes
 
-__all__ = ["FORMATS", "OKABE_ITO", "WIDTHS", "drawing_axes", "figure_size", "fitting_text", "save_figure", "style"]
+__all__ = [
+    "FORMATS",
+    "OKABE_ITO",
+    "WIDTHS",
+    "drawing_axes",
+    "figure_size",
+    "fitting_text",
+    "save_figure",
+    "style",
+    "text_inches",
+]
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -140,12 +150,20 @@ def drawing_axes(
             yield Figure(figsize=size).add_axes(box)
 
 
+def text_inches(text: str, points: float = 8) -> float:
+    """How wide the widest line of a text is printed in `style()`, or a little more."""
+    with mpl.rc_context(_RC):
+        # A screen's hinting makes text a little wider than its outlines, hence 0.95.
+        return max(float(TextPath((0, 0), line, size=points).get_extents().width) for line in [*text.splitlines(), "."]) / (
+            0.95 * 72
+        )
+
+
 def fitting_text(text: str, inches: float, points: float = 8) -> str:
     """The text on one line, or as much of its beginning as fits, with an ellipsis; dollar signs are mere signs."""
     shown = " ".join(text.split())
-    with mpl.rc_context({**_RC, "text.parse_math": False}):
-        # A screen's hinting makes text a little wider than its outlines, hence 0.95.
-        while len(shown) > 1 and TextPath((0, 0), shown, size=points).get_extents().width > 0.95 * 72 * inches:
+    with mpl.rc_context({"text.parse_math": False}):
+        while len(shown) > 1 and text_inches(shown, points) > inches:
             shown = shown.removesuffix("…")[:-1].rstrip() + "…"
     return shown
 

@@ -1,0 +1,5 @@
+"""`python -m vit_probe` is `vit-probe`."""
+
+from vit_probe.cli import main
+
+main()
