@@ -60,15 +60,15 @@ class PatchFiltersResult(Result):
     def title(self) -> str:
         """What the figure is called."""
         if self.principal:
-            return f"RGB embedding filters\n(first {len(self.filters)} principal components)"
+            components = "principal component" if len(self.filters) == 1 else f"{len(self.filters)} principal components"
+            return f"RGB embedding filters\n(first {components})"
         return f"First-layer filters ({len(self.filters)})"
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
-        """The filters as small pictures: components seven to a row, plain filters about twice as wide as high."""
+        """The filters as a grid of small pictures."""
         from vit_probe.plots import plot_patch_filters
 
-        columns = 7 if self.principal else max(1, round((2 * len(self.filters)) ** 0.5))
-        return plot_patch_filters(self.filters, columns=columns, title=self.title, ax=ax)
+        return plot_patch_filters(self.filters, title=self.title, ax=ax)
 
 
 def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFiltersResult:
