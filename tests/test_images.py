@@ -224,9 +224,10 @@ class TestImageStream:
     @pytest.mark.parametrize(
         ("images", "message"),
         [
-            (torch.rand(3, 8, 8), r"shape \(batch, channel, height, width\), got \(3, 8, 8\)"),
+            (torch.rand(3, 8, 8), r"shape \(batch, channel, height, width\), got Tensor of shape \(3, 8, 8\)"),
             ([], "there are no images"),
-            (iter([]), "yielded none"),
+            (iter([]), "there are no images"),
+            (torch.rand(0, 3, 8, 8), "there are no images"),
             (3, "must be a tensor, photographs, paths or an iterable of batches, got int"),
             ([torch.rand(3, 8, 8)], r"got Tensor of shape \(3, 8, 8\)"),
             ([{"image": 1}], "got dict"),

@@ -23,6 +23,8 @@ Images = Tensor | str | Path | Iterable[Any]
 """A preprocessed tensor (batch, channel, height, width); a photograph, file or folder; a sequence of photographs or
 files; or any iterable of preprocessed batches (of which a tuple's first entry is taken, as from a labelled DataLoader)."""
 
+_PHOTOGRAPH = str | Path | Image.Image
+
 
 class ImageStream:
     """Batches of preprocessed images from whatever the user gave, with names and a hash for provenance.
@@ -47,48 +49,48 @@ class ImageStream:
         self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.names: list[str] = []
+        self.count: int | None = None
         self._digest = hashlib.sha256()
         self._keep = keep
         self._kept: list[np.ndarray] = []
-        if isinstance(images, str | Path | Image.Image):
-            images = find_images([images]) if isinstance(images, str | Path) else [images]
-        self._images: Any = images
-        self._photographs = (
-            isinstance(images, list | tuple) and bool(images) and isinstance(images[0], str | Path | Image.Image)
-        )
-        self.count: int | None = None
-        if isinstance(images, Tensor) or (self._photographs and isinstance(images, list | tuple)):
-            self.count = len(images)
-        if isinstance(images, Tensor) and (images.ndim != 4 or len(images) == 0):
-            raise InputError(f"a tensor of images has shape (batch, channel, height, width), got {tuple(images.shape)}")
-        if isinstance(images, list | tuple) and not images:
-            raise InputError("there are no images; pass at least one")
+        self._photographs: list[Any] = []
+        self._given: Iterable[Any] = ()
+        if isinstance(images, str | Path):
+            images = find_images([images])
+        elif isinstance(images, Image.Image):
+            images = [images]
+        elif isinstance(images, Tensor):
+            self.count = len(_checked(images))
+            images = [images[start : start + batch_size] for start in range(0, self.count, batch_size)]
         if not isinstance(images, Iterable):
             raise InputError(
                 f"images must be a tensor, photographs, paths or an iterable of batches, got {type(images).__name__}"
             )
-        if isinstance(images, Tensor):
-            self._tensor(images)
-        if self._photographs and not all(isinstance(item, str | Path | Image.Image) for item in images):
+        if isinstance(images, list | tuple) and images and isinstance(images[0], _PHOTOGRAPH):
+            self.image_size = self._open_photographs(list(images))
+        else:
+            self.image_size = self._open_batches(iter(images))
+
+    def _open_photographs(self, photographs: list[Any]) -> tuple[int, int]:
+        if not all(isinstance(item, _PHOTOGRAPH) for item in photographs):
             raise InputError("a list of photographs must hold PIL images or paths only")
-        if self._photographs and preprocessing is None:
+        if self.preprocessing is None:
             raise InputError(
                 "this model does not say how photographs are prepared for it; pass preprocessing=Preprocessing(...) or tensors"
             )
-        if self._photographs:
-            for path in images:
-                if isinstance(path, str | Path):
-                    read_image(path)
-        elif not isinstance(images, Tensor):
-            images = iter(images)
-            first = next(images, None)
-            if first is None:
-                raise InputError("the iterable of images yielded none; pass at least one batch")
-            self._images = chain([first], images)
-            shape = self._tensor(first).shape
-        if isinstance(images, Tensor):
-            shape = images.shape
-        self.image_size = preprocessing.size if self._photographs and preprocessing else (shape[-2], shape[-1])
+        for item in photographs:
+            if not isinstance(item, Image.Image):
+                read_image(item)
+        self._photographs, self.count = photographs, len(photographs)
+        return self.preprocessing.size
+
+    def _open_batches(self, batches: Iterator[Any]) -> tuple[int, int]:
+        first = next(batches, None)
+        if first is None:
+            raise InputError("there are no images; pass at least one")
+        self._given = chain([first], batches)
+        height, width = _checked(first).shape[2:]
+        return height, width
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch channel height width"]]:
         """Goes through the images; for an iterable of batches, once only."""
@@ -108,15 +110,10 @@ class ImageStream:
         return np.concatenate(self._kept) if self._kept else None
 
     def _batches(self) -> Iterator[Tensor]:
-        if isinstance(self._images, Tensor):
-            for start in range(0, len(self._images), self.batch_size):
-                yield self._seen(self._images[start : start + self.batch_size])
-        elif self._photographs:
-            for start in range(0, len(self._images), self.batch_size):
-                yield torch.stack([self._prepare(item) for item in self._images[start : start + self.batch_size]])
-        else:
-            for batch in self._images:
-                yield self._seen(self._tensor(batch))
+        for start in range(0, len(self._photographs), self.batch_size):
+            yield torch.stack([self._prepare(item) for item in self._photographs[start : start + self.batch_size]])
+        for batch in self._given:
+            yield self._seen(_checked(batch))
 
     def provenance(self) -> dict[str, Any]:
         """Number, names and hash of the images that the last iteration went through."""
@@ -132,21 +129,22 @@ class ImageStream:
         self._digest.update(image.tobytes())
         return self.preprocessing(image)
 
-    @staticmethod
-    def _tensor(batch: Any) -> Tensor:
-        batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if isinstance(batch, Tensor) and not batch.is_floating_point():
-            raise InputError(f"images are {batch.dtype}; tensors must be preprocessed as the model expects them, as floats")
-        if not isinstance(batch, Tensor) or batch.ndim != 4:
-            shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
-            raise InputError(
-                "an iterable of images must yield tensors (batch, channel, height, width), "
-                f"got {type(batch).__name__}{shape}; a list of photographs must hold PIL images or paths only"
-            )
-        return batch
-
     def _seen(self, batch: Tensor) -> Tensor:
         first = len(self.names)
         self.names += [f"image {index}" for index in range(first, first + len(batch))]
         self._digest.update(batch.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return batch
+
+
+def _checked(batch: Any) -> Float[Tensor, "batch channel height width"]:
+    """The batch, without its labels; InputError unless it is one of preprocessed images."""
+    batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(batch, Tensor) or batch.ndim != 4:
+        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+        raise InputError(
+            f"images as tensors have the shape (batch, channel, height, width), got {type(batch).__name__}{shape}; "
+            "photographs are PIL images or paths, in a list"
+        )
+    if not batch.is_floating_point():
+        raise InputError(f"images are {batch.dtype}; tensors must be preprocessed as the model expects them, as floats")
+    return batch
