@@ -22,6 +22,7 @@ GRIDS = [
     ((4, 9), (9, 4)),
     ((5, 5), (1, 1)),
 ]
+NARROW = [((4, 4), (2, 1)), ((4, 1), (2, 1)), ((3, 5), (1, 4))]  # where torch's own antialiasing may be wrong
 RESAMPLING: dict[str, dict[str, Any]] = {
     "bicubic-antialias": {"antialias": True}, "bicubic": {}, "bicubic-align-corners": {"align_corners": True}
 }  # fmt: skip
@@ -32,7 +33,7 @@ def table(tokens: int, dim: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("resampling", RESAMPLING)
-@pytest.mark.parametrize(("old", "new"), GRIDS)
+@pytest.mark.parametrize(("old", "new"), GRIDS + NARROW)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_resizing_is_the_literal_interpolation(
     old: tuple[int, int], new: tuple[int, int], prefix: int, resampling: Any

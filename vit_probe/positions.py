@@ -60,7 +60,11 @@ def resize_position_embedding(
         return table
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
     image = rearrange(patches, "1 (row col) dim -> 1 dim row col", row=rows).float()
-    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", **_INTERPOLATION[resampling])
+    # torch 2.13 antialiases wrongly on the CPU where the result is one column wide: such an image is turned on its side.
+    turned = new_grid[1] == 1
+    size = (1, new_grid[0]) if turned else tuple(new_grid)
+    image = F.interpolate(image.mT if turned else image, size=size, mode="bicubic", **_INTERPOLATION[resampling])
+    image = image.mT if turned else image
     return torch.cat([prefix, rearrange(image, "1 dim row col -> 1 (row col) dim").to(table.dtype)], dim=1)
 
 
