@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,6 +73,40 @@ def test_the_legend_covers_no_mark(frame: pd.DataFrame, spread: bool) -> None:
     bottom = legend.get_window_extent().y0
     assert axes.transData.transform((0, 145.0 if spread else 130.0))[1] < bottom
     assert axes.transData.transform((0, 116.5))[1] < bottom
+
+
+@pytest.mark.parametrize("layout", [None, "constrained"])
+@pytest.mark.parametrize("inches", [(3.25, 2.0), (6.75, 4.0)])
+def test_the_legend_stays_within_small_axes(frame: pd.DataFrame, inches: tuple[float, float], layout: Any) -> None:
+    figure = Figure(figsize=inches, layout=layout)
+    panels = figure.subplots(1, 1, squeeze=False) if inches[0] < 4 else figure.subplots(2, 3)
+    for axes in panels.flat:
+        plot_attention_distance(frame, ax=axes, spread=True)
+    figure.draw_without_rendering()
+    for axes in panels.flat:
+        legend, box = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert box.x0 <= legend.x0 <= legend.x1 <= box.x1
+        highest = float((frame["distance"] + frame["std"]).clip(lower=116.5).max())
+        assert axes.transData.transform((0, highest))[1] < legend.y0
+
+
+def test_wide_axes_have_the_legend_in_one_line(frame: pd.DataFrame) -> None:
+    axes = plot_attention_distance(frame, spread=True)
+    axes.figure.draw_without_rendering()
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["uniform attention", "±1 std over 32 images"]
+    first, second = (text.get_window_extent() for text in legend.get_texts())
+    assert first.x1 < second.x0
+
+
+@pytest.mark.parametrize("plot", [plot_attention_distance, plot_sorted_heads])
+def test_a_model_of_one_patch_starts_at_zero(frame: pd.DataFrame, plot) -> None:  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axes = plot(frame.assign(distance=0.0, std=0.0, uniform_distance=0.0))
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 0
 
 
 def test_spread_adds_the_deviation_over_images(frame: pd.DataFrame) -> None:

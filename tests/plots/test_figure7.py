@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ def test_three_panels_in_the_papers_order(
     assert centre.child_axes[0].get_ylabel() == "Cosine similarity"
     assert right.get_xlabel() == "Network depth (layer)"
     np.testing.assert_array_equal(right.collections[0].get_offsets(), frame[["layer", "distance"]])
+    legend = right.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["uniform attention"]
 
 
 @pytest.mark.parametrize("with_table", [True, False])
@@ -68,6 +72,18 @@ def test_the_title_counts_the_components(
     filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
 ) -> None:
     assert "first 5 principal" in plot_figure7(filters[:5], similarity, frame).axes[0].get_title()
+
+
+def test_one_component_is_no_plural(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
+    assert plot_figure7(filters[:1], None, frame).axes[0].get_title() == "RGB embedding filters\n(first principal component)"
+
+
+def test_the_bar_of_a_low_grid_is_legible(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
+    figure = plot_figure7(filters, np.ones((2, 32, 2, 32)), frame)
+    figure.draw_without_rendering()
+    (bar,) = figure.axes[1].child_axes
+    boxes = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label, figure.axes[1].title)]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_draws_on_the_figure_it_is_given(

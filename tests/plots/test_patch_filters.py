@@ -76,9 +76,10 @@ def test_the_picture_fills_its_column_and_has_no_axes() -> None:
     assert not any(spine.get_visible() for spine in axes.spines.values())
 
 
-@pytest.mark.parametrize("title", ["AlexNet, first layer", "RGB embedding filters (first 28 principal components)"])
-def test_the_title_is_whole_and_inside_the_figure(title: str) -> None:
-    axes = plot_patch_filters(_filters(), title=title)
+@pytest.mark.parametrize(("count", "columns"), [(28, None), (383, None), (383, 7), (30, 1)])
+@pytest.mark.parametrize("title", ["AlexNet, first layer", "RGB embedding filters (first 28 principal components)", "m" * 40])
+def test_the_title_is_whole_and_inside_the_figure(title: str, count: int, columns: int | None) -> None:
+    axes = plot_patch_filters(_filters(count, rows=4, cols=4), title=title, columns=columns)
     assert axes.get_title().replace("\n", " ") == title
     axes.figure.draw_without_rendering()
     box = axes.title.get_window_extent()
@@ -87,8 +88,21 @@ def test_the_title_is_whole_and_inside_the_figure(title: str) -> None:
     assert box.y1 <= axes.figure.bbox.y1
 
 
-def test_many_filters_still_fit_a_page() -> None:
-    assert plot_patch_filters(_filters(768, rows=4, cols=4)).figure.get_figheight() < 9
+@pytest.mark.parametrize("columns", [None, 7])
+def test_many_filters_still_fit_a_page(columns: int | None) -> None:
+    assert plot_patch_filters(_filters(768, rows=4, cols=4), columns=columns).figure.get_figheight() < 9
+
+
+@pytest.mark.parametrize(("count", "columns"), [(3, 3), (7, 7), (28, 7), (29, 7), (50, 8), (383, 20)])
+def test_columns_are_seven_or_what_makes_a_square(count: int, columns: int) -> None:
+    assert _picture(plot_patch_filters(_filters(count, rows=4, cols=4))).shape[1] == columns * 5 - 1
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (8, 4), (4, 16), (32, 32)])
+@pytest.mark.parametrize("count", [29, 64, 383])
+def test_many_filters_are_about_as_high_as_wide_at_most(count: int, rows: int, cols: int) -> None:
+    height, width = _picture(plot_patch_filters(_filters(count, rows=rows, cols=cols))).shape[:2]
+    assert height <= width + 2 * max(rows, cols)
 
 
 def test_draws_on_the_axes_it_is_given() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -113,6 +113,15 @@ def test_every_text_is_inside_the_figure_and_ticks_apart(rows: int, cols: int) -
     down = [text.get_window_extent() for text in axes.get_yticklabels()]
     assert all(left.x1 < right.x0 for left, right in pairwise(across))
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(down))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(2, 32), (1, 12)])
+def test_the_bar_of_a_low_grid_is_legible(rows: int, cols: int) -> None:
+    axes = plot_position_similarity(_similarity(rows, cols))
+    axes.figure.draw_without_rendering()
+    (bar,) = axes.child_axes
+    boxes = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label)]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_draws_on_the_axes_it_is_given() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import combinations
 from typing import Any
 
 import matplotlib as mpl
@@ -139,6 +140,29 @@ def test_columns_are_chosen_for_a_tidy_sheet(count: int, columns: int) -> None:
     width = _picture(axes).shape[1]
     assert width == columns * 33 + (columns - 1) * 2
     assert axes.figure.get_figheight() < 9.5
+
+
+@pytest.mark.parametrize("titled", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 40])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 32), (8, 512), (64, 512), (512, 64), (32, 1)])
+def test_pictures_of_every_shape_can_be_drawn(height: int, width: int, count: int, titled: bool) -> None:
+    titles = ["title"] * count if titled else None
+    for images in (None, _images(count, height, width)):
+        axes = plot_rollout(_maps(count, *((height, width) if images is None else (2, 2))), images, titles=titles)
+        assert _picture(axes).shape[1] >= width
+        assert min(axes.get_position().size) > 0
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (160, 640), (224, 448), None])
+def test_the_bar_of_a_low_picture_is_legible(shape: tuple[int, int] | None) -> None:
+    axes = plot_rollout(_maps(1, 2, 32), None if shape is None else _images(1, *shape), kind="heatmap")
+    axes.figure.draw_without_rendering()
+    (bar,) = axes.child_axes
+    boxes = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label)]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    for box in boxes:
+        assert box.x1 <= axes.figure.bbox.x1
+        assert 0 <= box.y0 <= box.y1 <= axes.figure.bbox.y1
 
 
 @pytest.mark.parametrize("kind", ["pairs", "heatmap"])

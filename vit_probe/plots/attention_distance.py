@@ -141,7 +141,7 @@ def _fitting_legend(axes: Axes) -> Legend:
 def _above_marks(axes: Axes, legend: Legend) -> float:
     """Where the axis must end, relative to the highest mark, to leave room for the legend."""
     part = float(legend.get_window_extent().height / axes.get_window_extent().height)
-    return 1 / (1 - min(1.15 * part + 0.02, _MOST_LEGEND))
+    return 1 / (1 - min(1.25 * part + 0.02, _MOST_LEGEND))
 
 
 def _whole_numbers(axes: Axes, lowest: float, highest: float) -> None:

@@ -153,10 +153,9 @@ def drawing_axes(
 def text_inches(text: str, points: float = 8) -> float:
     """How wide the widest line of a text is printed in `style()`, or a little more."""
     with mpl.rc_context(_RC):
-        # A screen's hinting makes text a little wider than its outlines, hence 0.95.
-        return max(float(TextPath((0, 0), line, size=points).get_extents().width) for line in [*text.splitlines(), "."]) / (
-            0.95 * 72
-        )
+        widths = [TextPath((0, 0), line, size=points).get_extents().width for line in text.splitlines() if line.strip()]
+    # A screen's hinting makes text a little wider than its outlines, hence 0.92.
+    return float(max(widths, default=0.0)) / (0.92 * 72)
 
 
 def fitting_text(text: str, inches: float, points: float = 8) -> str:
