@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -180,9 +181,7 @@ class ViTConfig:
         if match is None or match[2] not in VARIANTS:
             sizes = ", ".join(f"{size}/16" for size in VARIANTS)
             raise InputError(f"no ViT variant is called {name!r}; names are {sizes}, any patch size, or R50+B/16 for a hybrid")
-        unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
-        if unknown:
-            raise InputError(f"ViTConfig has no field {', '.join(unknown)}")
+        check_fields(overrides)
         size, patch = VARIANTS[match[2]], int(match[3])
         config: dict[str, Any] = dict(
             embed_dim=size.width, depth=size.layers, num_heads=size.heads, mlp_ratio=size.mlp / size.width, patch_size=patch
@@ -238,3 +237,10 @@ def as_pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise InputError(f"{name} must be a positive int or a pair (height, width) of them, got {size!r}")
     return pair[0], pair[1]
+
+
+def check_fields(overrides: Iterable[str]) -> None:
+    """Raise InputError unless every name is a field of `ViTConfig`."""
+    unknown = sorted(set(overrides) - {field.name for field in fields(ViTConfig)})
+    if unknown:
+        raise InputError(f"ViTConfig has no field {', '.join(unknown)}")

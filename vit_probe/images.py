@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vit_probe.errors import InputError
 
-__all__ = ["Preprocessing", "find_images", "read_image", "sample_photographs"]
+__all__ = ["Preprocessing", "as_triple", "find_images", "read_image", "sample_photographs"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
@@ -160,3 +160,9 @@ def sample_photographs(count: int = 128) -> list[Image.Image]:
         image.info["name"] = name
         photographs.append(image)
     return photographs
+
+
+def as_triple(values: Iterable[Any]) -> tuple[float, float, float]:
+    """Three numbers, one a colour channel, as a configuration file gives them."""
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

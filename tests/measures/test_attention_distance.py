@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from tests import reference
-from tests.measures.tiles import feed, grids, identity_attention, random_attention, tilings, uniform_attention
+from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
 from tests.models import FAMILIES, expected_attention, images, small_vit
 from vit_probe import InputError, TokenGrid, attention_hooks, load_result, mean_attention_distance
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult
@@ -189,21 +189,10 @@ def test_an_interrupted_image_does_not_count() -> None:
     measure = feed(AttentionDistance(GRID), attention)
     before = measure.compute()
     with pytest.raises(RuntimeError):
-        feed(_FailsAfter(measure, tiles=1), attention, rows=5)
+        feed(FailsAfter(measure, tiles=1), attention, rows=5)
     after = measure.compute()
     np.testing.assert_array_equal(after.distance, before.distance)
     agrees(feed(measure, attention).compute(), np.concatenate([attention, attention], axis=1), GRID, "renormalize")
-
-
-class _FailsAfter:
-    def __init__(self, measure: AttentionDistance, tiles: int) -> None:
-        self.measure, self.tiles = measure, tiles
-
-    def update(self, tile) -> None:
-        if self.tiles == 0:
-            raise RuntimeError("interrupted")
-        self.tiles -= 1
-        self.measure.update(tile)
 
 
 def test_non_square_images_and_another_resolution() -> None:

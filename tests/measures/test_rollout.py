@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import reference
-from tests.measures.tiles import feed, grids, identity_attention, random_attention, tilings, uniform_attention
+from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
 from tests.models import FAMILIES, expected_attention, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_hooks, attention_rollout, load_result
 from vit_probe.measures import AttentionRollout, AttentionRolloutResult
@@ -288,21 +288,10 @@ def test_an_interrupted_batch_is_not_passed_off_as_a_map(tiles: int, layers: str
     attention = random_attention(GRID, layers=3)
     measure = feed(AttentionRollout(GRID), attention)
     with pytest.raises(RuntimeError, match="interrupted"):
-        feed(_FailsAfter(measure, tiles=tiles), attention, images=1)
+        feed(FailsAfter(measure, tiles=tiles), attention, images=1)
     feed(measure, attention)
     with pytest.raises(InputError, match=f"different numbers of layers: {layers}"):
         measure.compute()
-
-
-class _FailsAfter:
-    def __init__(self, measure: AttentionRollout, tiles: int) -> None:
-        self.measure, self.tiles = measure, tiles
-
-    def update(self, tile) -> None:
-        if self.tiles == 0:
-            raise RuntimeError("interrupted")
-        self.tiles -= 1
-        self.measure.update(tile)
 
 
 def test_shards_of_models_of_another_depth() -> None:

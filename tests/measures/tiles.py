@@ -61,3 +61,16 @@ def feed(
 
 
 tilings = st.fixed_dictionaries({"batch_size": st.integers(1, 4), "images": st.integers(1, 4), "rows": st.integers(1, 20)})
+
+
+class FailsAfter:
+    """Shows a measure so many tiles, then breaks off."""
+
+    def __init__(self, measure: Any, tiles: int) -> None:
+        self.measure, self.tiles = measure, tiles
+
+    def update(self, tile: Any) -> None:
+        if self.tiles == 0:
+            raise RuntimeError("interrupted")
+        self.tiles -= 1
+        self.measure.update(tile)

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from vit_probe.checkpoints import google_npz, huggingface, timm, torchvision
-from vit_probe.checkpoints.checkpoint import Checkpoint, check_fields
+from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.files import TENSOR_SUFFIXES, WEIGHT_FILES, read_arrays, read_folder, read_json, read_tensors
 from vit_probe.checkpoints.hub import PREFIXES, fetch
 from vit_probe.checkpoints.own import read_own, save_model
+from vit_probe.config import check_fields
 from vit_probe.errors import InputError
 from vit_probe.vit import VisionTransformer
 

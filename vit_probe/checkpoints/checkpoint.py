@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.images import Preprocessing
 from vit_probe.vit import VisionTransformer
 
-__all__ = ["Checkpoint", "check_fields"]
+__all__ = ["Checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,3 @@ def _assumed(config: ViTConfig) -> Preprocessing:
         stacklevel=4,
     )
     return preprocessing
-
-
-def check_fields(overrides: Iterable[str]) -> None:
-    """Raise InputError unless every name is a field of `ViTConfig`."""
-    unknown = sorted(set(overrides) - {field.name for field in fields(ViTConfig)})
-    if unknown:
-        raise InputError(f"ViTConfig has no field {', '.join(unknown)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vit_probe.config import ViTConfig, as_pair
 from vit_probe.errors import InputError
-from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing
+from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 
 __all__ = ["preprocessing"]
 
@@ -55,8 +55,8 @@ def preprocessing(model_type: str, config: ViTConfig, processor: Mapping[str, An
     return Preprocessing(
         size=size,
         resize=resize if settings.get("do_resize", True) else size,
-        mean=_triple(settings["image_mean"] if normalize else (0, 0, 0)),
-        std=_triple(settings["image_std"] if normalize else (1, 1, 1)),
+        mean=as_triple(settings["image_mean"] if normalize else (0, 0, 0)),
+        std=as_triple(settings["image_std"] if normalize else (1, 1, 1)),
         interpolation=_RESAMPLING[settings["resample"]],
     )
 
@@ -83,8 +83,3 @@ def _size(value: Any, *, square: bool) -> int | tuple[int, int]:
     if isinstance(value, Mapping) and "shortest_edge" in value:
         return int(value["shortest_edge"])
     raise InputError(f"preprocessor_config.json gives a size as {value!r}; known are height and width, or shortest_edge")
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

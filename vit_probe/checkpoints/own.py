@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from vit_probe.checkpoints.checkpoint import Checkpoint, check_fields
-from vit_probe.config import ResNetConfig, ViTConfig
+from vit_probe.checkpoints.checkpoint import Checkpoint
+from vit_probe.config import ResNetConfig, ViTConfig, check_fields
 from vit_probe.errors import InputError
 from vit_probe.files import write_bytes
 from vit_probe.images import Preprocessing

@@ -13,7 +13,7 @@ from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.renaming import rename
 from vit_probe.checkpoints.shapes import config_from_shapes
 from vit_probe.errors import InputError
-from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing
+from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 
 __all__ = ["from_state", "is_layout"]
 
@@ -113,12 +113,7 @@ def _preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
     return Preprocessing(
         size=(height, width),
         resize=scaled if mode == "squash" else max(scaled),
-        mean=_triple(config.get("mean") or IMAGENET_MEAN),
-        std=_triple(config.get("std") or IMAGENET_STD),
+        mean=as_triple(config.get("mean") or IMAGENET_MEAN),
+        std=as_triple(config.get("std") or IMAGENET_STD),
         interpolation=interpolation,
     )
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
