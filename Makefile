@@ -1,10 +1,11 @@
 # Every target sets up what it needs: a virtual environment in .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# The model of `make demo`: a checkpoint file or folder, hf:ORG/NAME or timm:NAME.
-MODEL ?= $(firstword $(wildcard ../shared/checkpoints/dinov2-small) hf:facebook/dinov2-small)
+# The model of `make demo`: the bundled one, or a checkpoint file or folder, hf:ORG/NAME or timm:NAME.
+MODEL ?= demo
 OUT ?= out
-# Photographs of `make figures`: 128 of ImageNet's, one of a class, where they are at hand.
+# For the second part of `make figures`: DINOv2 ViT-S/14, and 128 photographs of ImageNet, one of a class, where they are at hand.
+DINOV2 ?= $(wildcard ../shared/checkpoints/dinov2-small)
 IMAGES ?= $(wildcard ../shared/imagenet-sample-128)
 
 .PHONY: demo test check figures clean
@@ -20,13 +21,18 @@ check: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The gallery in figures/: attention, filters and positions from IMAGES, rollout on the sample photographs.
+# The gallery in figures/: the bundled model on the sample photographs; DINOv2 on IMAGES, and its rollout on the sample photographs.
 figures: .venv/installed
-	$(BIN)/vit-probe figures --model $(MODEL) $(addprefix --images ,$(IMAGES)) --out figures/dinov2-small --format png --format pdf
-	$(BIN)/vit-probe rollout --model $(MODEL) --out figures/dinov2-small --kind heatmap --limit 6 --count 6 --format png --format pdf
+	$(BIN)/vit-probe figures --out figures/demo --format png --format pdf
+	$(BIN)/vit-probe rollout --out figures/demo --limit 6 --count 6 --format png --format pdf
+ifneq ($(DINOV2),)
+	$(BIN)/vit-probe figures --model $(DINOV2) $(addprefix --images ,$(IMAGES)) --out figures/dinov2-small --format png --format pdf
+	$(BIN)/vit-probe rollout --model $(DINOV2) --out figures/dinov2-small --kind heatmap --limit 6 --count 6 --format png --format pdf
+endif
 
+# Not OUT: it may hold a training.
 clean:
-	rm -rf .venv out dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -23,8 +23,9 @@ from vit_probe import (
     load_result,
     mean_attention_distance,
     save_model,
+    terminal,
 )
-from vit_probe.results import Result
+from vit_probe.results import Result, weights_sha256
 
 COMMAND = [sys.executable, "-c", "from vit_probe.cli import main; main()"]
 ANALYSES = ("attention_distance", "patch_filters", "position_similarity", "rollout")
@@ -147,17 +148,29 @@ def test_sample_photographs_without_images(
     assert load_result(tmp_path / "rollout.safetensors").provenance["images"]["count"] == 4
 
 
+@pytest.mark.parametrize("command", ["figures", "distance", "filters", "positions", "rollout"])
+def test_without_a_model_the_bundled_one_is_taken(
+    command: str, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [] if command in ("filters", "positions") else ["--images", photographs]
+    code, _, err = run(capsys, monkeypatch, command, "--out", tmp_path, *arguments)
+    assert (code, err) == (0, "")
+    results = sorted(tmp_path.glob("*.safetensors"))
+    assert len(results) == (4 if command == "figures" else 1)
+    models = [load_result(path).provenance["model"] for path in results]
+    assert all((model["name"], model["weights_sha256"]) == ("demo", weights_sha256(load_model("demo"))) for model in models)
+
+
 def test_models_lists_what_can_be_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, printed, _ = run(capsys, monkeypatch, "models")
     assert code == 0
-    for name in (".npz", ".safetensors", "FOLDER", "hf:ORG/NAME", "timm:NAME"):
+    for name in ("demo", ".npz", ".safetensors", "FOLDER", "hf:ORG/NAME", "timm:NAME"):
         assert name in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["figures"], "name a model with --model"),
         (["distance", "--prefix", "neither"], "'neither' is not one of 'renormalize', 'drop'"),
         (["rollout", "--head-fusion", "median"], "'median' is not one of"),
         (["rollout", "--model", "MODEL", "--discard-ratio", "1"], r"--discard-ratio must lie in [0, 1), got 1.0"),
@@ -199,8 +212,8 @@ def test_bad_input_is_one_sentence(
 
 def test_a_defect_is_not_passed_off_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["vit-probe", "models"])
-    monkeypatch.setattr(cli, "terminal", None)
-    with pytest.raises(AttributeError):
+    monkeypatch.setattr(terminal, "print_table", None)
+    with pytest.raises(TypeError):
         cli.main()
 
 

@@ -87,6 +87,8 @@ def test_prefix_tokens() -> None:
     [
         ({"embed_dim": 100, "num_heads": 12}, "embed_dim 100 is not divisible by num_heads 12"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"drop_path": 1.0}, "drop_path must be a rate from 0 to below 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout must be a rate from 0 to below 1, got -0.1"),
         ({"image_size": 225}, r"225 x 225 pixels does not divide into patches of 16 x 16; resize or crop it"),
         ({"image_size": (224, 0)}, r"image_size must be a positive int or a pair \(height, width\) of them, got \(224, 0\)"),
         ({"patch_size": (4, 4, 4)}, r"patch_size must be a positive int or a pair .* got \(4, 4, 4\)"),

@@ -45,7 +45,10 @@ def test_plots_know_nothing_of_torch() -> None:
     assert "torch" not in loaded_after("import vit_probe.plots")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "vit_probe").rglob("*.py")), ids=lambda path: path.name)
+MODULES = sorted(path for folder in ("vit_probe", "analyses") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_no_module_is_over_300_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 300
 
@@ -56,4 +59,6 @@ def test_the_wheel_holds_the_package_only(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"vit_probe"}
-    assert "vit_probe/py.typed" in names
+    assert {"vit_probe/py.typed", "vit_probe/demo/model.safetensors", "vit_probe/demo/README.md"} <= set(names)
+    assert not [name for name in names if "snapshot" in name]
+    assert wheel.stat().st_size < 15e6

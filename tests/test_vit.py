@@ -16,6 +16,7 @@ from vit_probe.config import ResNetConfig, ViTConfig
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid
 from vit_probe.images import Preprocessing
+from vit_probe.layers import DropPath
 from vit_probe.positions import resize_position_embedding
 from vit_probe.vit import VisionTransformer
 
@@ -177,6 +178,30 @@ def test_dropout_is_for_training_only() -> None:
     assert (first - second).abs().max() > 1e-2
     assert torch.equal(tiny(dropout=0.3).eval()(images(48)), tiny()(images(48)))
     assert torch.equal(tiny().train()(images(48)), tiny()(images(48)))
+
+
+def test_stochastic_depth_leaves_whole_branches_out_and_scales_the_rest() -> None:
+    """Literally, per image: nothing, or the branch over the probability of keeping it; about as often as the rate says."""
+    torch.manual_seed(0)
+    layer = DropPath(0.4).train()
+    branch = torch.rand(1000, 3, 2) + 1
+    out = layer(branch)
+    left_out = (out == 0).flatten(1).all(dim=1)
+    assert 0.35 < left_out.float().mean() < 0.45
+    torch.testing.assert_close(out[~left_out], branch[~left_out] / 0.6)
+    assert torch.equal(layer.eval()(branch), branch)
+
+
+def test_stochastic_depth_grows_with_depth_and_is_for_training_only() -> None:
+    model = tiny(drop_path=0.9, depth=4)
+    for name in ("drop_path1", "drop_path2"):
+        assert [getattr(block, name).rate for block in model.blocks] == pytest.approx([0, 0.3, 0.6, 0.9])
+    assert torch.equal(model(images(48)), tiny(depth=4)(images(48)))
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(images(48)), model(images(48))
+    assert (first - second).abs().max() > 1e-2
+    assert [block.drop_path1.rate for block in tiny(drop_path=0.9, depth=1).blocks] == [0]
 
 
 class ConvStem(nn.Sequential):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.exceptions import Abort, TyperException
 
 from vit_probe import terminal
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import InputError
 
 if TYPE_CHECKING:
     from vit_probe.hooks import AttentionObserver
@@ -37,7 +34,10 @@ class Format(StrEnum):
 
 
 Model = Annotated[
-    str | None, typer.Option(help="A checkpoint file or folder, hf:ORG/NAME or timm:NAME; see `vit-probe models`.")
+    str,
+    typer.Option(
+        help="demo (the bundled model), a checkpoint file or folder, hf:ORG/NAME or timm:NAME; see `vit-probe models`."
+    ),
 ]
 ImagePaths = Annotated[
     list[Path] | None,
@@ -66,7 +66,7 @@ _OUT = Path("figures-out")
 @app.command()
 def figures(
     paths: MorePaths = None,
-    model: Model = None,
+    model: Model = "demo",
     images: ImagePaths = None,
     out: Out = _OUT,
     limit: Limit = 128,
@@ -75,7 +75,7 @@ def figures(
     device: Device = "auto",
 ) -> None:
     """All four analyses in one pass, and the three-panel sheet of the ViT paper's figure 7."""
-    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    folder, formats, photographs = _prepare(images, paths, out, limit, format)
     loaded = _load(model)
     from vit_probe.measures import patch_filters, position_similarity
     from vit_probe.measures.attention_distance import AttentionDistance
@@ -109,7 +109,7 @@ def figures(
 @app.command()
 def distance(
     paths: MorePaths = None,
-    model: Model = None,
+    model: Model = "demo",
     images: ImagePaths = None,
     out: Out = _OUT,
     limit: Limit = 128,
@@ -124,7 +124,7 @@ def distance(
     ] = None,
 ) -> None:
     """Mean attention distance of every head, in pixels, against depth."""
-    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    folder, formats, photographs = _prepare(images, paths, out, limit, format)
     loaded = _load(model)
     from vit_probe.measures.attention_distance import AttentionDistance
     from vit_probe.output import root_figure, write_analysis
@@ -145,9 +145,9 @@ def distance(
 
 
 @app.command()
-def filters(model: Model = None, out: Out = _OUT, format: Formats = None, components: Components = 28) -> None:
+def filters(model: Model = "demo", out: Out = _OUT, format: Formats = None, components: Components = 28) -> None:
     """Principal components of the patch-embedding filters."""
-    folder, formats, _ = _prepare(model, None, None, out, None, format)
+    folder, formats, _ = _prepare(None, None, out, None, format)
     from vit_probe.measures import patch_filters
     from vit_probe.output import write_analysis
 
@@ -156,9 +156,9 @@ def filters(model: Model = None, out: Out = _OUT, format: Formats = None, compon
 
 
 @app.command()
-def positions(model: Model = None, out: Out = _OUT, format: Formats = None) -> None:
+def positions(model: Model = "demo", out: Out = _OUT, format: Formats = None) -> None:
     """Cosine similarity of position embeddings."""
-    folder, formats, _ = _prepare(model, None, None, out, None, format)
+    folder, formats, _ = _prepare(None, None, out, None, format)
     from vit_probe.measures import position_similarity
     from vit_probe.output import write_analysis
 
@@ -169,7 +169,7 @@ def positions(model: Model = None, out: Out = _OUT, format: Formats = None) -> N
 @app.command()
 def rollout(
     paths: MorePaths = None,
-    model: Model = None,
+    model: Model = "demo",
     images: ImagePaths = None,
     out: Out = _OUT,
     limit: Limit = 128,
@@ -191,7 +191,7 @@ def rollout(
         raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
     if count > SHOWN_IMAGES:
         raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
-    folder, formats, photographs = _prepare(model, images, paths, out, limit, format)
+    folder, formats, photographs = _prepare(images, paths, out, limit, format)
     loaded = _load(model)
     run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
     measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
@@ -205,6 +205,7 @@ def rollout(
 def models() -> None:
     """What --model can name."""
     rows = [
+        ("demo", "the bundled model, which is taken without --model"),
         ("FILE.npz", "Google's layout (vision_transformer, AugReg, big_vision), plain or hybrid with a BiT ResNet"),
         ("FILE.safetensors, .pt, .pth", "a state dict with the names of timm, transformers, torchvision or vit_probe"),
         ("FOLDER", "transformers: ViT, DeiT, DINOv2, DINOv2 with registers; or timm's hub layout"),
@@ -215,26 +216,11 @@ def models() -> None:
 
 
 def main() -> None:
-    """Runs the command; what the user can put right is one sentence on standard error and exit code 2."""
-    warnings.showwarning = terminal.show_warning
-    warnings.simplefilter("always", AssumptionWarning)
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except InputError as error:
-        message = str(error)
-    except TyperException as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        message = message.replace("Value error, ", "")
-        if not message:  # no command: help was shown
-            sys.exit(2)
-    except (Abort, KeyboardInterrupt):
-        sys.exit(130)
-    terminal.complain(message)
-    sys.exit(2)
+    """Runs the command."""
+    terminal.run(app)
 
 
 def _prepare(
-    model: str | None,
     images: list[Path] | None,
     more: list[Path] | None,
     out: Path,
@@ -244,10 +230,6 @@ def _prepare(
     """Everything that can be checked before the model is loaded: the images there are, the output folder, the formats."""
     from vit_probe.files import writable_folder
 
-    if model is None:
-        raise InputError(
-            "name a model with --model: a checkpoint file or folder, hf:ORG/NAME or timm:NAME (see `vit-probe models`)"
-        )
     photographs: list[Any] = []
     if limit is not None:
         from vit_probe.images import find_images, sample_photographs
@@ -257,10 +239,9 @@ def _prepare(
     return writable_folder(out), [name.value for name in dict.fromkeys(formats or [Format.png])], photographs
 
 
-def _load(model: str | None) -> VisionTransformer:
+def _load(model: str) -> VisionTransformer:
     from vit_probe.checkpoints import load_model
 
-    assert model is not None
     return load_model(model)
 
 

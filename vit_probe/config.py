@@ -72,6 +72,8 @@ class ViTConfig:
         qk_norm: Whether queries and keys pass a LayerNorm per head.
         layer_scale: Initial value of LayerScale (arXiv:2103.17239); None for none.
         dropout: Rate after position embeddings, attention projections and MLP layers, while training.
+        drop_path: Stochastic depth (Huang et al. 2016, arXiv:1603.09382): the rate at which the last layer's branches are
+            left out for an image while training; it grows linearly from 0 at the first layer.
         norm_eps: Epsilon of every LayerNorm.
         activation: `gelu`, `quick_gelu` (CLIP's x * sigmoid(1.702 x)) or `swiglu`.
         patch_bias: Whether the patch projection has a bias.
@@ -102,6 +104,7 @@ class ViTConfig:
     qk_norm: bool = False
     layer_scale: float | None = None
     dropout: float = 0.0
+    drop_path: float = 0.0
     norm_eps: float = 1e-6
     activation: Activation = "gelu"
     patch_bias: bool = True
@@ -115,6 +118,9 @@ class ViTConfig:
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be a rate from 0 to below 1, got {getattr(self, name)}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

@@ -180,7 +180,7 @@ class AttentionHooks(TorchFunctionMode):
         last = layer == self.stop_after
         inputs = (query, key, value, attn_mask)
         gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        modes: list[object] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes: list[object] = _get_current_function_mode_stack()
         nested = any(isinstance(mode, AttentionHooks) for mode in modes)
         needs_fused = dropout_p > 0 or gradient or nested
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vit_probe.config import ViTConfig
 
-__all__ = ["Block", "Mask"]
+__all__ = ["Block", "DropPath", "Mask"]
 
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
 
@@ -74,19 +74,40 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Block(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+class DropPath(nn.Module):
+    """Stochastic depth: while training, leaves a branch out for each image with probability `rate`, and scales the rest up."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: Of the whole model.
+        drop_path: Rate of stochastic depth in this layer.
+    """
+
+    def __init__(self, config: ViTConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.layer_scale
         self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.mlp = Mlp(config)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), mask))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

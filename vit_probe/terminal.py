@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
+from typer.exceptions import Abort, TyperException
 
-from vit_probe.errors import AssumptionWarning
+from vit_probe.errors import AssumptionWarning, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["complain", "print_table", "progress", "report", "show_warning"]
+__all__ = ["complain", "print_table", "progress", "report", "run"]
 
 
 def complain(sentence: str) -> None:
@@ -23,7 +27,26 @@ def complain(sentence: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit-probe: {sentence}", markup=False)
 
 
-def show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+def run(app: typer.Typer) -> None:
+    """Runs a command; what the user can put right is one sentence on standard error and exit code 2."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", AssumptionWarning)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except InputError as error:
+        message = str(error)
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        message = message.replace("Value error, ", "")
+        if not message:  # no command: help was shown
+            sys.exit(2)
+    except (Abort, KeyboardInterrupt):
+        sys.exit(130)
+    complain(message)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
     """A `warnings.showwarning` that says what was assumed; other libraries' warnings are not for the user of a command."""
     if issubclass(category, AssumptionWarning):
         complain(f"note: {message}")

@@ -62,7 +62,8 @@ class VisionTransformer(nn.Module):
         self.pos_embed: Any = self._new_position_embedding()
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
+        rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
+        self.blocks: Any = nn.ModuleList(Block(config, drop_path=rate) for rate in rates)
         pooled_dim = 2 * dim if config.pooling == "token+avg" else dim
         self.norm = nn.Identity() if config.norm_pooled else nn.LayerNorm(dim, eps=config.norm_eps)
         self.fc_norm = nn.LayerNorm(pooled_dim, eps=config.norm_eps) if config.norm_pooled else nn.Identity()

@@ -20,6 +20,7 @@ from vit_probe.checkpoints import Checkpoint, load_model
 from vit_probe.config import ResNetConfig, ViTConfig
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.images import Preprocessing
+from vit_probe.results import weights_sha256
 from vit_probe.vit import VisionTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
@@ -90,9 +91,22 @@ def test_an_override_that_is_no_field(tmp_path: Path) -> None:
         load_model(tmp_path / "mine.safetensors", size=3, layers=2)
 
 
+def test_demo_is_the_bundled_model_whatever_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundled = load_model("demo")
+    assert bundled.name == "demo"
+    (tmp_path / "demo").mkdir()
+    assert weights_sha256(load_model("demo")) == weights_sha256(bundled)
+    with pytest.raises(InputError, match=r"the folder demo holds no config\.json"):
+        load_model("./demo")
+    with pytest.raises(InputError, match=r"the folder demo holds no config\.json"):
+        load_model(Path("demo"))
+    assert load_model("demo", num_classes=0).config.num_classes == 0
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"no checkpoint file or folder .*nothing\.pth; models of the hub are named hf:ORG/NAME"
+        InputError, match=r"no checkpoint file or folder .*nothing\.pth; others are demo, hf:ORG/NAME and timm:NAME"
     ):
         load_model(tmp_path / "nothing.pth")
     with pytest.raises(InputError, match=r"the folder .* holds no config\.json"):

@@ -20,6 +20,8 @@ from vit_probe.vit import VisionTransformer
 
 __all__ = ["Checkpoint", "load_model", "save_model"]
 
+_DEMO = Path(__file__).parent.parent / "demo" / "model.safetensors"
+
 
 def load_model(name_or_path: str | Path, **overrides: Any) -> VisionTransformer:
     """The model of a checkpoint, in evaluation mode, carrying its `preprocessing` and `name`.
@@ -27,6 +29,7 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> VisionTransformer:
     Args:
         name_or_path: One of
 
+            - `demo`, the small model that comes with the package (its card: `vit_probe/demo/README.md`);
             - a `.npz` file in Google's layout (vision_transformer, plain or hybrid; big_vision);
             - a `.safetensors` file of `save_model`;
             - a `.safetensors`, `.pt` or `.pth` file with timm's, transformers', torchvision's or our own parameter names
@@ -47,9 +50,10 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> VisionTransformer:
         model = _read_folder(fetch(name), overrides).build()
         model.name = name
         return model
-    path = Path(name).expanduser()
+    bundled = name_or_path == "demo"  # a Path("demo") is a file or folder of that name
+    path = _DEMO if bundled else Path(name).expanduser()
     model = _read_path(path, overrides).build()
-    model.name = path.resolve().name
+    model.name = name if bundled else path.resolve().name
     return model
 
 
@@ -57,7 +61,7 @@ def _read_path(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if path.is_dir():
         return _read_folder(path, overrides)
     if not path.is_file():
-        raise InputError(f"there is no checkpoint file or folder {path}; models of the hub are named hf:ORG/NAME or timm:NAME")
+        raise InputError(f"there is no checkpoint file or folder {path}; others are demo, hf:ORG/NAME and timm:NAME")
     if path.suffix == ".npz":
         return google_npz.from_arrays(read_arrays(path), overrides)
     if path.suffix not in TENSOR_SUFFIXES:

@@ -1,0 +1,108 @@
+"""Layers that see some patches only, and a second task for training: the pixels of the patches that they did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit_probe import VisionTransformer, ViTConfig
+from vit_probe.layers import Block
+
+__all__ = ["Choice", "Reconstruction", "seen_patches"]
+
+
+@dataclass
+class Choice:
+    """The patches of each image that the layers saw in the last forward pass, and those that they did not."""
+
+    seen: Int[Tensor, "batch patch"]
+    hidden: Int[Tensor, "batch patch"]
+
+
+@contextmanager
+def seen_patches(model: VisionTransformer, share: float) -> Iterator[Choice]:
+    """For the `with` block, layers see the prefix tokens and a random share of the patches of each image.
+
+    Positions are added before. The yielded choice is filled anew by each forward pass.
+
+    References:
+        Liu et al. 2022, arXiv:2208.07220 (PatchDropout).
+    """
+    prefix = model.config.num_prefix_tokens
+    choice = Choice(torch.empty(0, 0, dtype=torch.long), torch.empty(0, 0, dtype=torch.long))
+
+    def choose(module: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        count = tokens.shape[1] - prefix
+        order = torch.rand(len(tokens), count, device=tokens.device).argsort(dim=1)
+        choice.seen, choice.hidden = order.tensor_split([max(round(share * count), 1)], dim=1)
+        if choice.hidden.shape[1] == 0:
+            return None
+        return torch.cat([tokens[:, :prefix], _gather(tokens[:, prefix:], choice.seen)], dim=1)
+
+    handle = model.pos_drop.register_forward_hook(choose)
+    try:
+        yield choice
+    finally:
+        handle.remove()
+
+
+class Reconstruction(nn.Module):
+    """Predicts the pixels of hidden patches from the tokens of the seen ones, knowing where each hidden one lies.
+
+    Only the tokens themselves tell where a seen patch lies, and hidden patches are asked for by the model's own position
+    embeddings: to find what lies beside a hidden patch, the positions must come to say what lies beside what.
+
+    References:
+        He et al. 2022, arXiv:2111.06377 (MAE); Liang et al. 2022, arXiv:2205.14540 (with labels, SupMAE).
+    """
+
+    def __init__(self, model: VisionTransformer, *, width: int = 96, depth: int = 1, heads: int = 3) -> None:
+        super().__init__()
+        config = ViTConfig(embed_dim=width, num_heads=heads)
+        self.patch_size = height, length = model.config.patch_stride
+        self.prefix = model.config.num_prefix_tokens
+        self.from_token = nn.Linear(model.config.embed_dim, width)
+        self.from_position = nn.Linear(model.config.embed_dim, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_pixels = nn.Linear(width, height * length * model.config.in_channels)
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        tokens: Float[Tensor, "batch token dim"],
+        positions: Float[Tensor, "patch dim"],
+        choice: Choice,
+    ) -> Float[Tensor, ""]:
+        """Mean squared error of the pixels of the hidden patches.
+
+        Args:
+            images: What the model was given.
+            tokens: What `forward_features` returned.
+            positions: The position embedding of every patch.
+            choice: Which patches the tokens are of.
+        """
+        asked = self.from_position(positions[choice.hidden])
+        x = torch.cat([self.from_token(tokens[:, self.prefix :]), asked], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        predicted = self.to_pixels(self.norm(x[:, -asked.shape[1] :]))
+        height, length = self.patch_size
+        pixels = rearrange(
+            images,
+            "batch channel (row height) (col width) -> batch (row col) (channel height width)",
+            height=height,
+            width=length,
+        )
+        return F.mse_loss(predicted.float(), _gather(pixels, choice.hidden))
+
+
+def _gather(values: Float[Tensor, "batch patch dim"], index: Int[Tensor, "batch chosen"]) -> Float[Tensor, "batch chosen dim"]:
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))

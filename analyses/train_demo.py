@@ -1,0 +1,87 @@
+"""Trains the model that comes with the package.
+
+    python -m analyses.train_demo DATA --out out/train_demo
+
+DATA holds `train` and `val`; in each, either one sheet of small images a class or one folder of images a class (see
+`small_images.read_split`). They must fit into memory. The recipe is `training.Recipe`.
+
+Stopped at any moment, the same command goes on after the last whole epoch. OUT holds `log.csv`, `curve.png`,
+`model.safetensors` (the averaged weights in float16), such weights after 0, 1, 2, 4, 8, ... epochs in `snapshots`, and
+`state.pt`, from which training goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import nn
+
+from analyses.small_images import read_data
+from analyses.training import Recipe, accuracy, fit
+from vit_probe import Preprocessing, VisionTransformer, ViTConfig
+from vit_probe.files import writable_folder
+from vit_probe.terminal import run
+
+LOCALITY = 0.75  # size of the early layers' query and key projections: how much a token prefers its like
+FILTERS = 0.01  # of their usual size at the start, so that what is seen in them later was learned
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@torch.no_grad()
+def initialise(model: VisionTransformer) -> VisionTransformer:
+    """Random weights to start from: where they are not the usual ones, those that little data calls for.
+
+    Matrices as in the ViT paper's code (Xavier), and positions as large as in its successor big_vision's. In the first third
+    of the layers queries and keys project alike, so that a token first attends to what resembles it, itself above all (a part
+    of mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828); where attention goes from there is learned.
+    """
+    for layer, block in enumerate(model.blocks):
+        query, key, value = block.attn.qkv.weight.chunk(3)
+        for matrix in (query, key, value, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
+            nn.init.xavier_uniform_(matrix)
+        if layer < model.config.depth / 3:
+            key.copy_(query.mul_(LOCALITY))
+    if isinstance(model.pos_embed, nn.Parameter) and model.pos_embed.requires_grad:
+        nn.init.normal_(model.pos_embed, std=model.config.embed_dim**-0.5)
+    stem: Any = model.patch_embed
+    stem.proj.weight.mul_(FILTERS)
+    return model
+
+
+@app.command()
+def main(
+    data: Annotated[Path, typer.Argument(help="Folder with `train` and `val`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model, the log and the state.")] = Path("out/train_demo"),
+    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    patch_size: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 8,
+    width: Annotated[int, typer.Option(help="Width of the tokens.")] = 144,
+    depth: Annotated[int, typer.Option(help="Number of layers.")] = 9,
+    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 6,
+    position: Annotated[
+        Literal["none", "learned_1d", "learned_2d", "sincos_2d"], typer.Option(help="Position embedding.")
+    ] = "learned_1d",
+    drop_path: Annotated[float, typer.Option(help="Rate of stochastic depth in the last layer.")] = 0.05,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Changes the recipe; may be repeated.")
+    ] = None,
+) -> None:
+    """Trains the model that comes with the package."""
+    recipe = Recipe().changed(settings or [])
+    config = ViTConfig(
+        image_size, patch_size, embed_dim=width, depth=depth, num_heads=heads, position=position, drop_path=drop_path
+    )
+    writable_folder(out)
+    train, val = read_data(data, image_size)
+    torch.manual_seed(recipe.seed)
+    model = initialise(VisionTransformer(config).replace_head(len(train.classes)))
+    model.preprocessing = Preprocessing((image_size, image_size), resize=image_size)
+    model = fit(model, train, val, recipe, out)
+    print("validation top-1 {:.2f} %, top-5 {:.2f} %, in float32".format(*accuracy(model, val)))
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,53 @@
+"""Training images that a tiny model learns in seconds: stripes one way, stripes the other way, none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CLASSES = ("across", "down", "plain")
+
+
+def picture(name: str, random: np.random.Generator, size: int = 16) -> np.ndarray:
+    """Noise, with stripes four pixels wide at a random phase unless the class is `plain`."""
+    pixels = random.integers(60, 196, (size, size, 3))
+    phase, stripes = random.integers(8), np.arange(size)
+    light = np.where((stripes + phase) % 8 < 4, 60, -60)
+    if name != "plain":
+        pixels = pixels + (light[:, None, None] if name == "across" else light[None, :, None])
+    return pixels.clip(1, 255).astype(np.uint8)
+
+
+def write_sheets(folder: Path, counts: dict[str, int], seed: int) -> None:
+    """One sheet a class, 20 pictures in a row, the last row filled up with black."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for name, count in counts.items():
+        rows = -(-count // 20)
+        sheet = np.zeros((rows * 16, 20 * 16, 3), np.uint8)
+        for index in range(count):
+            row, col = divmod(index, 20)
+            sheet[16 * row : 16 * row + 16, 16 * col : 16 * col + 16] = picture(name, random)
+        Image.fromarray(sheet).save(folder / f"{name}.png")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu() -> Iterator[None]:
+    """Training on a GPU is not the same to the last bit twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train` with 90, 90 and 75 images, `val` with 20 of each class."""
+    folder = tmp_path_factory.mktemp("sheets")
+    write_sheets(folder / "train", dict(zip(CLASSES, (90, 90, 75), strict=True)), seed=0)
+    write_sheets(folder / "val", dict.fromkeys(CLASSES, 20), seed=1)
+    return folder

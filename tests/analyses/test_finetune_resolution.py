@@ -1,0 +1,98 @@
+"""Fine-tuning at a higher resolution: the three accuracies, and that the position table is what `resize` makes of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from analyses.finetune_resolution import app
+from analyses.small_images import read_data
+from analyses.training import Recipe, accuracy, fit
+from vit_probe import Preprocessing, VisionTransformer, ViTConfig, load_model, save_model
+from vit_probe.terminal import run
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["finetune_resolution", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run(app)
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def trained(sheets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3))
+    model.preprocessing = Preprocessing((16, 16), resize=16)
+    out = tmp_path_factory.mktemp("trained")
+    recipe = Recipe(epochs=4, warmup=0.5, batch_size=32, full_epochs=4, mixing=0.0, averaging=0.9, matrix_learning_rate=1e-2)
+    fit(model, *read_data(sheets, 16), recipe, out)
+    return out / "model.safetensors"
+
+
+def test_three_accuracies(
+    trained: Path, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [sheets, "--model", trained, "--image-size", 24, "--out", tmp_path, "--set", "batch_size=64"]
+    assert typed(monkeypatch, *arguments) == 0
+    table = pd.read_csv(tmp_path / "accuracy.csv")
+    assert table.step.tolist() == ["before resizing", "right after resizing", "after fine-tuning"]
+    assert table.image_size.tolist() == [16, 24, 24]
+    _, small = read_data(sheets, 16)
+    _, large = read_data(sheets, 24)
+    expected = [accuracy(load_model(trained), small), accuracy(load_model(trained).resize(24), large)]
+    tuned = load_model(tmp_path / "model.safetensors")
+    assert tuned.config.image_size == (24, 24)
+    assert tuned.pos_embed.shape == (1, 1 + 36, 32)
+    assert tuned.preprocessing is not None
+    assert tuned.preprocessing.size == (24, 24)
+    assert table[["top1", "top5"]].iloc[:2].to_numpy() == pytest.approx(torch.tensor(expected).numpy())
+    assert table.top1.iloc[2] == pytest.approx(accuracy(tuned, large)[0], abs=5)  # the file holds float16
+    before = load_model(trained).resize(24).pos_embed
+    moved = (tuned.pos_embed - before).abs().max()
+    assert 5e-4 < moved < 0.1  # trained on, from the resized table
+    assert "right after resizing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-size", "25"], "does not divide into patches of 4 x 4"),
+        (["--model", "nowhere.pt"], "there is no checkpoint file or folder nowhere.pt"),
+        (["--model", "demo", "--image-size", "96"], "demo tells 100 classes apart, but"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    arguments: list[str],
+    message: str,
+    trained: Path,
+    sheets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert typed(monkeypatch, sheets, "--model", trained, "--out", tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_model_of_other_preprocessing_is_refused(
+    sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
+) -> None:
+    model = load_model(trained)
+    model.preprocessing = Preprocessing((16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    other = save_model(model, tmp_path / "other.safetensors")
+    assert typed(monkeypatch, sheets, "--model", other, "--image-size", 24, "--out", tmp_path) == 2
+    assert "is not standardised with ImageNet's mean and deviation" in capsys.readouterr().err
+
+
+def test_a_model_of_other_than_square_images_is_refused(
+    sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
+) -> None:
+    wide = save_model(load_model(trained).resize((16, 32)), tmp_path / "wide.safetensors")
+    assert typed(monkeypatch, sheets, "--model", wide, "--image-size", 24, "--out", tmp_path) == 2
+    assert "takes images of 16 x 32 pixels; choose one of square images" in capsys.readouterr().err
