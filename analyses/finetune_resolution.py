@@ -20,7 +20,7 @@ import typer
 
 from analyses.small_images import read_data, read_split
 from analyses.training import Recipe, accuracy, fit
-from vit_probe import InputError, load_model
+from vit_probe import InputError, VisionTransformer, load_model
 from vit_probe.config import as_pair
 from vit_probe.files import writable_folder, write_bytes
 from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD
@@ -55,6 +55,8 @@ def main(
     )
     recipe = gentle.changed(settings or [])
     tuned = load_model(model)
+    if not isinstance(tuned, VisionTransformer):
+        raise InputError(f"{model} is a library's own model ({type(tuned).__name__}); choose one that is a VisionTransformer")
     native = as_pair(tuned.config.image_size, "image_size")
     if native[0] != native[1]:
         raise InputError(f"{model} takes images of {native[0]} x {native[1]} pixels; choose one of square images")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.models import transformers_vit
 from vit_probe import (
     VisionTransformer,
     ViTConfig,
@@ -275,6 +276,68 @@ def test_a_model_without_positions_gets_its_other_figures(
     out = tmp_path / "out"
     code, _, err = run(capsys, monkeypatch, "figures", "--model", checkpoint, "--images", photographs, "--out", out)
     assert code == 0, err
-    assert "position similarity is left out: this model has no position embedding" in err
+    assert "position similarity is left out: the tokens of a constant image are all alike after 1 layers" in err
     assert {path.stem for path in out.glob("*.png")} == {"attention_distance", "patch_filters", "rollout", "figure7"}
     assert json.loads((out / "run.json").read_text())["options"]["components"] == 12
+
+
+# Models of other libraries
+
+
+def _folder(model, path: Path) -> Path:  # type: ignore[no-untyped-def]
+    """As transformers writes it, with the processor's configuration."""
+    from transformers import ViTImageProcessor
+
+    model.save_pretrained(path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+def test_a_pooling_head_is_left_out_and_named(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformers_vit("SiglipVision", image_size=32)
+    folder, out = _folder(model, tmp_path / "siglip"), tmp_path / "out"
+    code, printed, err = run(capsys, monkeypatch, "distance", "--model", folder, "--images", photographs, "--out", out)
+    assert code == 0, err
+    assert "not in the table: " in printed
+    assert "head.attention, which is no self-attention (1 query for 16 keys)" in printed
+    table = pd.read_csv(out / "attention_distance.csv")
+    assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert load_result(out / "attention_distance.safetensors").provenance["skipped"].keys() == {"head.attention"}
+
+
+def test_a_windowed_model_gets_its_distances_and_no_rollout(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    sizes = dict(image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[1, 2])
+    folder, out = _folder(SwinModel(SwinConfig(**sizes)), tmp_path / "swin"), tmp_path / "out"
+    code, printed, err = run(capsys, monkeypatch, "figures", "--model", folder, "--images", photographs, "--out", out)
+    assert code == 0, err
+    assert "rollout is left out: rollout follows attention over all tokens" in err
+    assert "position similarity is left out: the tokens of a constant image are all alike" in err
+    assert "windows" in printed
+    table = pd.read_csv(out / "attention_distance.csv")
+    assert table["num_windows"].tolist() == [4, 4, 1, 1, 1, 1]
+    assert not (out / "rollout.png").exists()
+    assert (out / "figure7.png").exists()
+    code, _, err = run(capsys, monkeypatch, "rollout", "--model", folder, "--images", photographs, "--out", out)
+    assert code == 2
+    assert "vit-probe: rollout follows attention over all tokens" in err
+
+
+def test_positions_after_some_layers(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["positions", "--model", checkpoint, "--out", tmp_path]
+    assert run(capsys, monkeypatch, *arguments)[0] == 0
+    table = load_result(tmp_path / "position_similarity.safetensors")
+    assert run(capsys, monkeypatch, *arguments, "--after-layers", 2)[0] == 0
+    tokens = load_result(tmp_path / "position_similarity.safetensors")
+    assert (table.after_layers, tokens.after_layers) == (None, 2)
+    code, _, err = run(capsys, monkeypatch, *arguments, "--after-layers", 4)
+    assert code == 2
+    assert "after_layers must be from 0 to 3" in err

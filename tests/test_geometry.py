@@ -1,6 +1,8 @@
-"""TokenGrid and find_token_grid: where the patches of every family of models lie."""
+"""TokenGrid and Windows: where patches lie; what a model tells of them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +13,8 @@ from torch import nn
 from transformers import ViTMAEConfig, ViTMAEModel
 
 from tests import reference
-from tests.models import FAMILIES, Encoder, images, small_vit, transformers_vit
-from vit_probe import InputError, TokenGrid, attention_hooks
-from vit_probe.config import ResNetConfig
-from vit_probe.geometry import find_token_grid
+from vit_probe import InputError, TokenGrid
+from vit_probe.geometry import Windows, has_class_token, read_patch_size
 
 grids = st.builds(
     TokenGrid,
@@ -66,90 +66,65 @@ def test_counts() -> None:
     grid.check_tokens(11)
 
 
-@pytest.mark.parametrize(
-    ("options", "prefix", "has_cls"),
-    [
-        ({}, 1, True),
-        ({"num_registers": 3}, 4, True),
-        ({"distillation_token": True, "pooling": "distilled"}, 2, True),
-        ({"class_token": False, "pooling": "avg"}, 0, False),
-        ({"class_token": False, "pooling": "avg", "num_registers": 2}, 2, False),
-    ],
-)
-def test_grid_of_our_own_model(options: dict, prefix: int, has_cls: bool) -> None:
-    model = small_vit(**options)
-    assert find_token_grid(model, 24, 24) == TokenGrid(3, 4, (8, 6), prefix, has_cls)
-    assert find_token_grid(model, 40, 12) == TokenGrid(5, 2, (8, 6), prefix, has_cls)
+# Windows
+
+WINDOWS = Windows(TokenGrid(2, 3, (8, 4), 0, False), torch.tensor([[0, 1, 3, 4], [2, -1, 5, -1]]))
 
 
-def test_grid_of_our_own_hybrid_counts_the_stems_stride() -> None:
-    model = small_vit(image_size=(32, 64), patch_size=(2, 1), stem=ResNetConfig(layers=(1, 1), width=32))
-    assert find_token_grid(model, 32, 64) == TokenGrid(2, 8, (16, 8), 1, True)
-    with attention_hooks(model, Checks(find_token_grid(model, 32, 64))):
-        model(images(32, 64, batch=1))
+def test_distances_within_windows() -> None:
+    far = (64 + 16) ** 0.5
+    expected = [
+        [[0, 4, 8, far], [4, 0, far, 8], [8, far, 0, 4], [far, 8, 4, 0]],
+        [[0, 0, 8, 0], [0, 0, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]],
+    ]
+    distances = WINDOWS.distances()
+    is_patch = WINDOWS.is_patch
+    assert is_patch.tolist() == [[True] * 4, [True, False, True, False]]
+    np.testing.assert_allclose(distances * is_patch[:, :, None], expected)
+    np.testing.assert_array_equal(WINDOWS.distances(torch.tensor([1, 0, 1]), slice(1, 3)), distances[[1, 0, 1], 1:3])
 
 
-class Checks:
-    """An observer that only counts tokens."""
-
-    def __init__(self, grid: TokenGrid) -> None:
-        self.grid = grid
-
-    def update(self, tile) -> None:
-        self.grid.check_tokens(tile.num_tokens)
+def test_uniform_attention_within_windows() -> None:
+    far = (64 + 16) ** 0.5
+    assert WINDOWS.uniform_distance() == pytest.approx((4 * (4 + 8 + far) / 4 + 2 * 8 / 2) / 6)
+    masked = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masked[0, :2, 2:] = masked[0, 2:, :2] = True  # the upper row and the lower one do not see each other
+    assert replace(WINDOWS, masked=masked).uniform_distance() == pytest.approx((4 * 4 / 2 + 2 * 8 / 2) / 6)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_grid_of_every_family(name: str) -> None:
-    family = FAMILIES[name]
-    model = family.model()
-    grid = find_token_grid(model, *family.size)
-    assert grid == family.grid
-    with attention_hooks(model, Checks(grid)):
-        model(family.images(1))
+def test_one_window_over_all_is_the_grid() -> None:
+    grid = TokenGrid(3, 4, (8, 6), 0, False)
+    windows = Windows(grid, torch.arange(12)[None])
+    assert windows.uniform_distance() == pytest.approx(grid.uniform_distance())
+    np.testing.assert_allclose(windows.distances()[0], grid.distances(), rtol=1e-6)
 
 
-def _timm(name: str, **options) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, embed_dim=24, depth=1, num_heads=2, **options)
+# What the model tells
 
 
 @pytest.mark.parametrize(
-    ("build", "size", "grid"),
+    ("name", "is_one"),
     [
-        (lambda: _timm("deit_tiny_distilled_patch16_224", img_size=(32, 48)), (32, 48), TokenGrid(2, 3, (16, 16), 2, True)),
-        (
-            lambda: _timm("vit_tiny_patch16_224", img_size=(32, 48), patch_size=(16, 8)),
-            (32, 48),
-            TokenGrid(2, 6, (16, 8), 1, True),
-        ),
-        (lambda: _timm("vit_tiny_r_s16_p8_224", img_size=(64, 96)), (64, 96), TokenGrid(2, 3, (32, 32), 1, True)),
-        (
-            lambda: _timm("vit_tiny_patch16_224", img_size=32, dynamic_img_size=True),
-            (64, 32),
-            TokenGrid(4, 2, (16, 16), 1, True),
-        ),
-        (lambda: transformers_vit("DeiT"), (32, 48), TokenGrid(4, 6, (8, 8), 2, True)),
-        (lambda: transformers_vit("DINOv3ViT", num_register_tokens=2), (32, 48), TokenGrid(4, 6, (8, 8), 3, True)),
-        (lambda: transformers_vit("CLIPVision", image_size=32), (32, 32), TokenGrid(4, 4, (8, 8), 1, True)),
-        (lambda: transformers_vit("Beit", image_size=32), (32, 32), TokenGrid(4, 4, (8, 8), 1, True)),
-        (lambda: transformers_vit("IJepa"), (32, 48), TokenGrid(4, 6, (8, 8), 0, False)),
+        *((name, True) for name in ("cls_token", "class_token", "class_embedding", "embeddings.cls_token", "cls")),
+        *((name, False) for name in ("reg_token", "mask_token", "classifier.weight", "class_head")),
     ],
 )
-def test_grid_of_other_models(build, size: tuple[int, int], grid: TokenGrid) -> None:
-    model = build().eval()
-    assert find_token_grid(model, *size) == grid
-    with attention_hooks(model, Checks(grid)):
-        model(images(*size, batch=1))
+def test_names_of_class_tokens(name: str, is_one: bool) -> None:
+    model = nn.Module()
+    *path, last = name.split(".")
+    owner = model
+    for part in path:
+        owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.register_parameter(last, nn.Parameter(torch.zeros(1)))
+    assert has_class_token(model) is is_one
 
 
-def test_grid_from_the_first_convolution_whose_stride_is_its_kernel() -> None:
+def test_patch_size_from_the_first_convolution_whose_stride_is_its_kernel() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 3, 1), nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, (4, 6), (4, 6)), nn.Conv2d(8, 8, 2, 2)
     )
-    assert find_token_grid(model, 16, 18) == TokenGrid(4, 3, (4, 6), 0, False)
-    assert find_token_grid(Encoder(), 32, 48).patch_size == (8, 8)
+    assert read_patch_size(model) == (4, 6)
 
 
 # Errors
@@ -157,14 +132,7 @@ def test_grid_from_the_first_convolution_whose_stride_is_its_kernel() -> None:
 
 def test_a_model_without_patches_cannot_be_read() -> None:
     with pytest.raises(InputError, match=r"cannot tell the patch size of Linear.*pass grid=TokenGrid"):
-        find_token_grid(nn.Linear(2, 2), 16, 16)
-
-
-def test_an_image_that_does_not_divide() -> None:
-    with pytest.raises(InputError, match="25 x 24 pixels does not divide into patches of 8 x 6"):
-        find_token_grid(small_vit(), 25, 24)
-    with pytest.raises(InputError, match="needs positive rows"):
-        find_token_grid(FAMILIES["timm"].model(), 4, 48)
+        read_patch_size(nn.Linear(2, 2))
 
 
 def test_tokens_that_do_not_fit() -> None:
@@ -188,4 +156,4 @@ def test_a_model_that_shuffles_its_patches() -> None:
         image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
     with pytest.raises(InputError, match="ViTMAEModel drops and shuffles patches at random"):
-        find_token_grid(ViTMAEModel(config), 32, 32)
+        read_patch_size(ViTMAEModel(config))

@@ -19,8 +19,8 @@ from tests import reference
 from tests.models import FAMILIES, Assemble, Encoder, expected_attention, images, output, small_vit, transformers_vit
 from vit_probe import AttentionTile, InputError, attention_hooks
 from vit_probe.geometry import TokenGrid
-from vit_probe.hooks import ForwardStopped
 from vit_probe.measures import AttentionDistance
+from vit_probe.routing import ForwardStopped
 
 
 class Attention(nn.Module):
@@ -471,8 +471,195 @@ def test_attention_over_other_keys_is_skipped_and_listed() -> None:
         for _ in range(2):
             close(model(images(16, 16)).detach(), untouched.detach(), 1e-5)
     assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
-    assert hooks.skipped == ["attn_pool"]
+    assert hooks.skipped == {"attn_pool": "1 query for 4 keys"}
     assert set(seen.layers) == {0, 1}
+
+
+class Cross(nn.Module):
+    """Attends from one sequence to another of the same length, by `scaled_dot_product_attention` itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention2()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.attn(self.attn(x), y)
+
+
+class Attention2(nn.Module):
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        q, k = x[:, None], (x if context is None else context)[:, None]
+        return F.scaled_dot_product_attention(q, k, k, mask)[:, 0]
+
+
+def test_two_sequences_of_the_same_length_are_cross_attention() -> None:
+    x, y = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    with attention_hooks(model := Cross(), seen := Assemble()) as hooks:
+        model(x, y)
+    assert hooks.layers == ["attn"]
+    assert hooks.skipped == {"attn": "the queries are of one sequence, the keys of another"}
+    close(seen.attention()[0, :, 0], reference.softmax_attention(x[:, None], x[:, None], 8**-0.5)[:, 0], 1e-6)
+
+
+def test_a_mask_is_no_second_sequence() -> None:
+    x, mask = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 5, 5)
+    with attention_hooks(model := Attention2()) as hooks:
+        model(x, None, mask[:, None])
+        model(x, mask=mask.unsqueeze(1))
+    assert hooks.layers == [""]
+    assert hooks.skipped == {}
+
+
+class Folded(nn.Module):
+    """Images and heads in one dimension, as timm's SAM has them."""
+
+    def __init__(self, num_heads: int | None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.flatten(0, 1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_and_heads_in_one_dimension(masked: bool) -> None:
+    q, k, v = qkv()
+    mask = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)) if masked else None
+    result, seen = hooked(Folded(3), q, k, v, mask)
+    close(result.unflatten(0, (2, 3)), F.scaled_dot_product_attention(q, k, v, mask), 1e-5)
+    close(seen.attention()[0], reference.softmax_attention(q, k, 0.5, mask), 1e-6)
+
+
+def test_heads_that_cannot_be_told_from_images_are_skipped() -> None:
+    q, k, v = qkv()
+    model = nn.ModuleDict({"folded": Folded(None), "grouped": Attention(), "plain": Attention()})
+    model.forward = lambda: (  # type: ignore[method-assign]
+        model["folded"](q, k, v),
+        model["grouped"](q[None], k[None], v[None]),
+        model["plain"](q, k, v),
+    )
+    with attention_hooks(model) as hooks:
+        folded, *_ = model()
+    close(folded, F.scaled_dot_product_attention(q, k, v).flatten(0, 1), 1e-6)
+    assert hooks.layers == ["plain"]
+    assert hooks.skipped == {
+        "folded": "queries of shape (6, 7, 4) do not tell their heads from their images",
+        "grouped": "queries of shape (1, 2, 3, 7, 4) are in more than one group an image",
+    }
+
+
+# nn.MultiheadAttention that is asked for its weights
+
+
+class Weighted(nn.Module):
+    """Returns its attention's output and weights; `of` chooses the keys."""
+
+    def __init__(self, *, average: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, dropout=dropout)
+        self.average = average
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        keys = x if y is None else y
+        return self.attn(x, keys, keys, average_attn_weights=self.average)
+
+
+def test_weights_that_the_model_asks_for_are_shown_too() -> None:
+    model = Weighted(average=False).eval()
+    x = 2 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    untouched = model(x)
+    (result, weights), seen = hooked(model, x)
+    close(result.detach(), untouched[0].detach(), 1e-6)
+    close(weights.detach(), untouched[1].detach(), 1e-6)
+    close(seen.attention()[0], untouched[1].detach(), 1e-6)
+    result.sum().backward()
+    assert model.attn.in_proj_weight.grad is not None
+    with attention_hooks(model, outer := Assemble()), attention_hooks(model, inner := Assemble()):
+        model(x)
+    close(outer.attention(), inner.attention(), 1e-6)
+    assert len(outer.tiles) == len(inner.tiles) == 1
+
+
+def test_weights_and_dropout_are_drawn_as_without_hooks() -> None:
+    model, x = Weighted(dropout=0.5).train(), torch.randn(2, 5, 8)
+    torch.manual_seed(3)
+    untouched = model(x)
+    torch.manual_seed(3)
+    (result, weights), seen = hooked(model, x)
+    close(result.detach(), untouched[0].detach(), 1e-6)
+    close(weights.detach(), untouched[1].detach(), 1e-6)
+    close(seen.attention().sum(-1), 1.0, 1e-5)
+
+
+def test_cross_attention_with_weights_is_skipped() -> None:
+    model, (x, y) = Weighted().eval(), torch.randn(2, 2, 5, 8)
+    model_with_self = nn.Sequential(small_vit())
+    model_with_self.add_module("cross", model)
+    with attention_hooks(model_with_self) as hooks:
+        close(model_with_self.cross(x, y)[0].detach(), model(x, y)[0].detach(), 1e-6)
+        model_with_self[0](images())
+    assert hooks.skipped == {"cross.attn": "the queries are of one sequence, the keys of another"}
+    assert hooks.layers == ["0.blocks.0.attn", "0.blocks.1.attn"]
+
+
+# Compiled and recorded models
+
+
+@pytest.mark.parametrize("how", ["model", "in place", "blocks", "function"])
+def test_compiled_models_run_uncompiled_meanwhile(how: str) -> None:
+    model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            graphs.append(graph)
+            return graph(*args)
+
+        return run
+
+    call: Any = model
+    if how == "model":
+        call = model = torch.compile(model, backend=backend)
+    elif how == "in place":
+        model.compile(backend=backend)
+    elif how == "blocks":
+        for index, block in enumerate(model.blocks):
+            model.blocks[index] = torch.compile(block, backend=backend)
+    else:
+        call = torch.compile(lambda y: model(y), backend=backend)
+    with torch.no_grad():
+        untouched = call(x)
+        assert graphs
+        graphs.clear()
+        with attention_hooks(model, seen := Assemble()) as hooks:
+            close(call(x), untouched, 1e-5)
+        assert not graphs
+        assert [name.split(".")[-1] for name in hooks.layers] == ["attn", "attn"]
+        close(seen.attention(), expected_attention(FAMILIES["timm"].model(), x), 1e-6)
+        call(x)
+    assert graphs
+
+
+def test_exported_models_are_seen() -> None:
+    model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
+    graph = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        result, seen = hooked(graph, x)
+        close(result, model(x), 1e-5)
+    close(seen.attention(), expected_attention(model, x), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_is_refused_with_the_remedy() -> None:
+    model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
+    with torch.no_grad():
+        graph = torch.jit.trace(model, x)
+    with (
+        pytest.raises(InputError, match=r"graph of torch.jit hides .* pass the module that was traced"),
+        attention_hooks(graph),
+    ):
+        graph(x)
 
 
 def test_attention_outside_the_model_is_not_seen() -> None:
@@ -631,14 +818,18 @@ def test_attention_that_is_not_fused_raises_with_the_remedy() -> None:
         with leaves_nothing(model), pytest.raises(InputError, match=type(model).__name__) as error, attention_hooks(model):
             model(images(32, 48))
         assert 'set_attn_implementation("sdpa")' in str(error.value)
-        assert "timm.layers.set_fused_attn(True)" in str(error.value)
+        assert "timm.layers.set_fused_attn(True, experimental=True)" in str(error.value)
 
 
-def test_attention_with_weights_asked_for_raises_with_the_remedy() -> None:
-    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    x = torch.randn(2, 5, 8)
-    with pytest.raises(InputError, match="need_weights=False"), attention_hooks(model):
-        model(x, x, x)
+def test_what_was_seen_instead_is_told() -> None:
+    from timm.models.xcit import Xcit
+
+    model = Xcit(img_size=32, patch_size=16, embed_dim=16, depth=1, cls_attn_layers=1, num_heads=2).eval()
+    with (
+        pytest.raises(InputError, match=r"other calls did: cls_attn_blocks.0.attn \(1 query for 5 keys\)"),
+        attention_hooks(model),
+    ):
+        model(images(32, 32))
 
 
 def test_no_complaint_where_the_model_was_not_called() -> None:

@@ -28,10 +28,10 @@ def distance(model: VisionTransformer) -> AttentionDistanceResult:
 def test_a_saved_result_equals_the_one_that_was_saved(distance: AttentionDistanceResult, tmp_path: Path) -> None:
     path = distance.save(tmp_path / "distance.safetensors")
     again = AttentionDistanceResult.load(path)
-    for name in ("distance", "std", "patch_mass"):
+    for name in ("distance", "std", "patch_mass", "uniform_distance", "num_windows"):
         np.testing.assert_array_equal(getattr(again, name), getattr(distance, name))
     assert again.provenance == distance.provenance
-    assert (again.uniform_distance, again.num_images, again.prefix) == (distance.uniform_distance, 3, "renormalize")
+    assert (again.modules, again.num_images, again.prefix) == (distance.modules, 3, "renormalize")
     assert again.to_dataframe().equals(distance.to_dataframe())
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.models import FAMILIES, Assemble, images, small_vit
@@ -109,7 +110,7 @@ def test_several_measures_in_one_pass() -> None:
 
 
 @pytest.mark.parametrize("name", ["ours", "timm-registers", "transformers-dinov2", "torchvision", "encoder"])
-def test_later_batches_stop_early_and_change_nothing(name: str) -> None:
+def test_batches_stop_early_and_change_nothing(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images(5)
     calls = {"last": 0, "first": 0}
     modules = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.Linear)]
@@ -129,8 +130,11 @@ def test_later_batches_stop_early_and_change_nothing(name: str) -> None:
     order[0].register_forward_hook(counter("first"))
     order[-1].register_forward_hook(counter("last"))
     seen, whole = Assemble(), Assemble()
-    run(model, x, batch_size=1).observe(seen)
-    assert calls == {"first": 5, "last": 1}
+    attention = run(model, x, batch_size=1)
+    assert calls["last"] == 1  # of what finds the tokens
+    calls.update(first=0, last=0)
+    attention.observe(seen)
+    assert calls == {"first": 5, "last": 0}
     run(model, x, batch_size=5).observe(whole)
     np.testing.assert_allclose(seen.attention()[:, 0], whole.attention()[:, 4], atol=1e-6)
     assert [tile.layer for tile in seen.tiles] == [0, 1] * 5
@@ -150,7 +154,7 @@ def test_layers_and_skipped_are_listed() -> None:
     attention = run(pooled, images(16, 16))
     attention.observe(Assemble())
     assert attention.layers == ["blocks.0.attn", "blocks.1.attn"]
-    assert attention.skipped == ["attn_pool"]
+    assert list(attention.skipped) == ["attn_pool"]
     provenance = attention.provenance({})
     assert (provenance["layers"], provenance["skipped"]) == (attention.layers, attention.skipped)
 
@@ -190,8 +194,8 @@ def test_modes_of_all_modules_are_restored(where: str) -> None:
         if where == "progress":
             raise RuntimeError("broken")
 
-    handle = model.blocks[0].register_forward_hook(hook)
     attention = run(model, pictures())
+    handle = model.blocks[0].register_forward_hook(hook)
     if where == "success":
         attention.observe(Assemble())
     else:
@@ -213,8 +217,9 @@ def test_parameters_are_the_same_and_without_gradients() -> None:
     model, outputs = small_vit(), []
     before = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
     model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    run(model, images()).observe(Assemble())
-    assert [output.requires_grad for output in outputs] == [False]
+    attention_rollout(model, images(), device="cpu")
+    assert outputs
+    assert not any(output.requires_grad for output in outputs)
     for name, parameter in model.named_parameters():
         assert (before[name][0] is parameter, before[name][1]) == (True, parameter.data_ptr())
         assert parameter.grad is None
@@ -239,8 +244,11 @@ def test_a_model_that_is_where_it_should_be_is_not_moved(monkeypatch: pytest.Mon
 
 
 def test_auto_leaves_a_model_on_its_accelerator() -> None:
-    model = small_vit().to("meta")
-    assert AttentionRun(model, images()).device == torch.device("meta")
+    model = small_vit()
+    attention = AttentionRun(model, images(), device="cpu")
+    assert attention.device == torch.device("cpu")
+    with pytest.raises(InputError, match="meta"):  # it is used where it is
+        AttentionRun(model.to("meta"), images())
 
 
 def test_a_model_that_does_not_fit_the_device_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +288,17 @@ def test_provenance_says_where_the_numbers_come_from(folder: Path) -> None:
     attention = run(model, folder, batch_size=2)
     attention.observe(Assemble())
     provenance = attention.provenance({"prefix": "drop"})
-    assert set(provenance) == {"model", "images", "preprocessing", "grid", "layers", "skipped", "options", "versions"}
+    assert set(provenance) == {
+        "model",
+        "images",
+        "preprocessing",
+        "grid",
+        "windows",
+        "layers",
+        "skipped",
+        "options",
+        "versions",
+    }
     assert provenance["model"]["name"] == "small"
     assert provenance["model"]["class"] == "VisionTransformer"
     assert provenance["model"]["config"]["embed_dim"] == 16
@@ -291,6 +309,7 @@ def test_provenance_says_where_the_numbers_come_from(folder: Path) -> None:
     assert provenance["images"]["sha256"] == hashlib.sha256(pixels).hexdigest()
     assert provenance["preprocessing"]["resize"] == 28
     assert provenance["grid"] == {"rows": 3, "cols": 4, "patch_size": (8, 6), "num_prefix_tokens": 1, "has_cls_token": True}
+    assert provenance["windows"] == {}
     assert provenance["layers"] == ["blocks.0.attn", "blocks.1.attn"]
     assert provenance["options"] == {"prefix": "drop"}
     assert provenance["versions"]["torch"] == torch.__version__
@@ -338,7 +357,16 @@ def test_a_generator_is_spent_after_one_pass() -> None:
 def test_a_grid_that_cannot_be_read() -> None:
     with pytest.raises(InputError, match="cannot tell the patch size of Linear"):
         run(nn.Linear(2, 2), images())
-    assert run(nn.Linear(2, 2), images(), grid=TokenGrid(2, 2, (8, 8), 0, False)).grid.rows == 2
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.GELU(), nn.Conv2d(16, 16, 4, 2, 1), Tokens())
+    with pytest.raises(InputError, match=r"cannot tell the patch size of Sequential.*pass grid=TokenGrid"):
+        run(model, images())
+    assert run(model, images(), grid=TokenGrid(6, 6, (4, 4), 0, False)).grid.rows == 6
+
+
+class Tokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).mT[:, None]
+        return F.scaled_dot_product_attention(x, x, x)
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:77", "meta:x"])

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from vit_probe.config import ResNetConfig, ViTConfig
     from vit_probe.errors import InputError
     from vit_probe.geometry import TokenGrid
-    from vit_probe.hooks import AttentionTile, attention_hooks
+    from vit_probe.hooks import attention_hooks
     from vit_probe.images import Preprocessing, sample_photographs
     from vit_probe.measures.attention_distance import mean_attention_distance
     from vit_probe.measures.patch_filters import patch_filters
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vit_probe.measures.rollout import attention_rollout
     from vit_probe.positions import resize_position_embedding
     from vit_probe.results import load_result
+    from vit_probe.tiles import AttentionTile
     from vit_probe.vit import VisionTransformer
 
 __all__ = [
@@ -43,11 +44,12 @@ _MODULES = {
     "config": ("ResNetConfig", "ViTConfig"),
     "errors": ("InputError",),
     "geometry": ("TokenGrid",),
-    "hooks": ("AttentionTile", "attention_hooks"),
+    "hooks": ("attention_hooks",),
     "images": ("Preprocessing", "sample_photographs"),
     "measures": ("attention_rollout", "mean_attention_distance", "patch_filters", "position_similarity"),
     "positions": ("resize_position_embedding",),
     "results": ("load_result",),
+    "tiles": ("AttentionTile",),
     "vit": ("VisionTransformer",),
 }
 

@@ -13,9 +13,10 @@ from vit_probe import terminal
 from vit_probe.errors import InputError
 
 if TYPE_CHECKING:
-    from vit_probe.hooks import AttentionObserver
+    from torch import nn
+
     from vit_probe.run import AttentionRun
-    from vit_probe.vit import VisionTransformer
+    from vit_probe.tiles import AttentionObserver
 
 __all__ = ["app", "main"]
 
@@ -36,7 +37,8 @@ class Format(StrEnum):
 Model = Annotated[
     str,
     typer.Option(
-        help="demo (the bundled model), a checkpoint file or folder, hf:ORG/NAME or timm:NAME; see `vit-probe models`."
+        help="demo (the bundled model), a checkpoint file or folder, hf:ORG/NAME, timm:NAME, torchvision:NAME or "
+        "open_clip:ARCH/TAG; see `vit-probe models`."
     ),
 ]
 ImagePaths = Annotated[
@@ -89,19 +91,24 @@ def figures(
     except InputError as error:
         terminal.complain(f"note: position similarity is left out: {error}")
         positions = None
-    distance, rollout = AttentionDistance(run.grid), AttentionRollout(run.grid)
-    _observe(run, distance, rollout)
+    distance = AttentionDistance(run.grid, windows=run.windows)
+    try:
+        rollout = AttentionRollout(run.grid, windows=run.windows)
+    except InputError as error:
+        terminal.complain(f"note: rollout is left out: {error}")
+        rollout = None
+    _observe(run, *(measure for measure in (distance, rollout) if measure is not None))
     far = distance.compute(run.provenance(distance.options))
-    rolled = rollout.compute(run.provenance(rollout.options), names=run.images.names, images=run.images.kept())
     files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
     files += write_analysis(filters, filters.plot(), folder, "patch_filters", formats)
     if positions is not None:
         files += write_analysis(positions, positions.plot(), folder, "position_similarity", formats)
-    files += write_analysis(rolled, rolled.plot(), folder, "rollout", formats)
+    options = distance.options | {"components": len(filters.filters), "limit": limit, "batch_size": batch_size}
+    if rollout is not None:
+        options |= rollout.options
+        rolled = rollout.compute(run.provenance(rollout.options), names=run.images.names, images=run.images.kept())
+        files += write_analysis(rolled, rolled.plot(), folder, "rollout", formats)
     files += write_figure7(filters, positions, far, folder, formats)
-    options = (
-        distance.options | rollout.options | {"components": len(filters.filters), "limit": limit, "batch_size": batch_size}
-    )
     files.append(write_run(far.provenance | {"options": options}, files, folder))
     terminal.report(files, far.summary())
 
@@ -130,11 +137,10 @@ def distance(
     from vit_probe.output import root_figure, write_analysis
     from vit_probe.plots import plot_sorted_heads, save_figure
 
-    depth = loaded.config.depth
-    if wrong := [layer for layer in layers or () if not 0 <= layer < depth]:
-        raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {depth - 1}")
     run = _attention_run(loaded, photographs, batch_size, device)
-    measure = AttentionDistance(run.grid, prefix=prefix)
+    if wrong := [layer for layer in layers or () if not 0 <= layer < len(run.layers)]:
+        raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
+    measure = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
     _observe(run, measure)
     result = measure.compute(run.provenance(measure.options))
     files = write_analysis(result, result.plot(spread=spread), folder, "attention_distance", formats)
@@ -156,13 +162,25 @@ def filters(model: Model = "demo", out: Out = _OUT, format: Formats = None, comp
 
 
 @app.command()
-def positions(model: Model = "demo", out: Out = _OUT, format: Formats = None) -> None:
-    """Cosine similarity of position embeddings."""
+def positions(
+    model: Model = "demo",
+    out: Out = _OUT,
+    format: Formats = None,
+    after_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Compare the tokens of a constant image after so many layers, instead of the table of position embeddings; "
+            "without a table, half of the layers.",
+        ),
+    ] = None,
+) -> None:
+    """Cosine similarity of positions."""
     folder, formats, _ = _prepare(None, None, out, None, format)
     from vit_probe.measures import position_similarity
     from vit_probe.output import write_analysis
 
-    result = position_similarity(_load(model))
+    result = position_similarity(_load(model), after_layers=after_layers)
     terminal.report(write_analysis(result, result.plot(), folder, "position_similarity", formats), result.summary())
 
 
@@ -194,7 +212,7 @@ def rollout(
     folder, formats, photographs = _prepare(images, paths, out, limit, format)
     loaded = _load(model)
     run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
-    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
+    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
     _observe(run, measure)
     result = measure.compute(run.provenance(measure.options), names=run.images.names, images=run.images.kept())
     axes = result.plot(kind=kind, count=count)
@@ -208,9 +226,12 @@ def models() -> None:
         ("demo", "the bundled model, which is taken without --model"),
         ("FILE.npz", "Google's layout (vision_transformer, AugReg, big_vision), plain or hybrid with a BiT ResNet"),
         ("FILE.safetensors, .pt, .pth", "a state dict with the names of timm, transformers, torchvision or vit_probe"),
-        ("FOLDER", "transformers: ViT, DeiT, DINOv2, DINOv2 with registers; or timm's hub layout"),
+        ("FOLDER", "as transformers or timm writes it; models that vit_probe does not have itself need that library"),
         ("hf:ORG/NAME", "such a folder from the Hugging Face Hub, hf:facebook/dinov2-small for one"),
         ("timm:NAME", "timm's weights from the Hub, timm:vit_base_patch16_224.augreg_in21k for one"),
+        ("torchvision:NAME[.WEIGHTS]", "a classifier of torchvision, torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1 for one"),
+        ("open_clip:ARCH/TAG", "the image tower of open_clip's model, open_clip:ViT-B-32/laion2b_s34b_b79k for one"),
+        ("open_clip:ARCH/PATH", "the same with a checkpoint file; also open_clip:hf-hub:ORG/NAME"),
     ]
     terminal.print_table(["--model", "what is read"], rows)
 
@@ -239,15 +260,13 @@ def _prepare(
     return writable_folder(out), [name.value for name in dict.fromkeys(formats or [Format.png])], photographs
 
 
-def _load(model: str) -> VisionTransformer:
+def _load(model: str) -> nn.Module:
     from vit_probe.checkpoints import load_model
 
     return load_model(model)
 
 
-def _attention_run(
-    model: VisionTransformer, images: list[Any], batch_size: int, device: str, keep_images: int = 0
-) -> AttentionRun:
+def _attention_run(model: nn.Module, images: list[Any], batch_size: int, device: str, keep_images: int = 0) -> AttentionRun:
     from vit_probe.run import AttentionRun
 
     return AttentionRun(model, images, batch_size=batch_size, device=device, keep_images=keep_images)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
 
-__all__ = ["TokenGrid", "find_token_grid"]
+__all__ = ["TokenGrid", "Windows", "has_class_token", "read_patch_size"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TokenGrid:
         if tokens != self.num_tokens:
             raise InputError(
                 f"attention covers {tokens} tokens, but {self} accounts for {self.num_tokens}; "
-                "pass the grid of the images that the model saw (attention within windows is not supported)"
+                "pass the grid of the images that the model saw (and, for attention within windows, its windows)"
             )
 
     def centres(self) -> Float[Tensor, "patch 2"]:
@@ -90,27 +90,56 @@ def _windows(grid: TokenGrid, device: torch.device | None) -> Float[Tensor, "row
     return offsets.unfold(0, grid.rows, 1).unfold(1, grid.cols, 1)
 
 
-def find_token_grid(model: nn.Module, height: int, width: int) -> TokenGrid:
-    """The grid of the tokens that `model` makes of an image of `height` x `width` pixels.
+_ALL = slice(None)
 
-    A model that has a method `token_grid(height, width)` answers for itself (as `VisionTransformer` does). Otherwise the
-    patch size is read from the timm or transformers configuration, or from the first convolution whose stride equals its
-    kernel; prefix tokens are counted from the same configuration, or from the model's token parameters.
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Where the tokens of a layer lie that attends within windows, or over coarser patches than the model's first layer.
+
+    Args:
+        grid: The patches of this layer, without prefix tokens.
+        patches: Which patch each token of each window is, counted row by row; -1 for a token that is none (padding).
+        masked: Which tokens a mask hides from each other; None where there is no mask. (A shifted window that reaches over the
+            image's edge holds patches of opposite sides, which must not see each other.)
+    """
+
+    grid: TokenGrid
+    patches: Int[Tensor, "window token"]
+    masked: Bool[Tensor, "window query key"] | None = None
+
+    @property
+    def is_patch(self) -> Bool[Tensor, "window token"]:
+        """Which tokens are patches."""
+        return self.patches >= 0
+
+    def distances(
+        self, windows: Int[Tensor, "window"] | slice = _ALL, queries: slice = _ALL
+    ) -> Float[Tensor, "window query key"]:
+        """Distance in pixels from some tokens of some windows to all their tokens, in float64; 0 to what is no patch."""
+        patches = self.patches[windows]
+        centres = self.grid.centres()[patches.clamp_min(0)]
+        distances = (centres[:, queries, None] - centres[:, None, :]).norm(dim=-1)
+        return distances * (patches >= 0)[:, None, :]
+
+    def uniform_distance(self) -> float:
+        """Mean attention distance, in pixels, of a head that attends alike to all patches that it may see."""
+        seen = self.is_patch[:, None, :].expand(-1, self.patches.shape[1], -1)
+        if self.masked is not None:
+            seen = seen & ~self.masked
+        of_query = (self.distances() * seen).sum(dim=-1) / seen.sum(dim=-1).clamp_min(1)
+        return float(of_query[self.is_patch].mean())
+
+
+def read_patch_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of a patch in pixels, from the timm or transformers configuration, else from the first convolution whose
+    stride equals its kernel.
 
     Raises:
-        InputError: If the model does not tell how large its patches are, or shuffles them.
+        InputError: If the model does not tell, or drops patches at random.
     """
     if getattr(getattr(model, "config", None), "mask_ratio", None) is not None:
         raise InputError(f"{type(model).__name__} drops and shuffles patches at random, so that none has a place of its own")
-    own: Callable[[int, int], TokenGrid] | None = getattr(model, "token_grid", None)
-    if own is not None:
-        return own(height, width)
-    patch_height, patch_width = _patch_size(model)
-    prefix, has_cls = _prefix_tokens(model)
-    return TokenGrid(height // patch_height, width // patch_width, (patch_height, patch_width), prefix, has_cls)
-
-
-def _patch_size(model: nn.Module) -> tuple[int, int]:
     embedding = getattr(model, "patch_embed", None)
     named = getattr(embedding, "patch_size", None)
     if embedding is not None and hasattr(embedding, "feat_ratio"):  # timm: pixels a token, a hybrid's stem included
@@ -130,14 +159,9 @@ def _patch_size(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def _prefix_tokens(model: nn.Module) -> tuple[int, bool]:
-    parameters = {name.rpartition(".")[2]: value for name, value in model.named_parameters()}
-    has_cls = any(name in parameters for name in ("cls_token", "class_token", "class_embedding"))
-    count = getattr(model, "num_prefix_tokens", None)  # timm
-    if count is None:
-        others = [parameters[name] for name in _OTHER_PREFIX_TOKENS if name in parameters]
-        count = int(has_cls) + sum(value.shape[-2] for value in others)
-    return int(count), has_cls
+def has_class_token(model: nn.Module) -> bool:
+    """Whether one of the model's parameters has a class token's name."""
+    return any(_CLASS_TOKEN.search(name) for name, _ in model.named_parameters())
 
 
-_OTHER_PREFIX_TOKENS = ("dist_token", "distillation_token", "reg_token", "register_tokens")
+_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)(_?tok(en)?s?|_?embed(ding)?)?$")

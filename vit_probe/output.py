@@ -41,7 +41,11 @@ def write_figure7(
     formats: Sequence[str],
 ) -> list[Path]:
     """Writes the three-panel sheet of the ViT paper's figure 7 as `figure7.png` (and other formats)."""
-    sheet = plot_figure7(filters.filters, similarity.similarity if similarity else None, distance.to_dataframe())
+    if similarity is None:
+        sheet = plot_figure7(filters.filters, None, distance.to_dataframe())
+    else:
+        title = similarity.title
+        sheet = plot_figure7(filters.filters, similarity.similarity, distance.to_dataframe(), similarity_title=title)
     return save_figure(sheet, folder / "figure7", formats)
 
 

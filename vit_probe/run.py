@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, find_token_grid
-from vit_probe.hooks import AttentionObserver, ForwardStopped, attention_hooks
+from vit_probe.geometry import TokenGrid
+from vit_probe.hooks import attention_hooks
 from vit_probe.images import Preprocessing
 from vit_probe.results import software_versions, weights_sha256
+from vit_probe.routing import ForwardStopped, evaluated
 from vit_probe.stream import Images, ImageStream
+from vit_probe.survey import survey
+from vit_probe.tiles import AttentionObserver
 
 __all__ = ["AttentionRun", "model_provenance", "select_device"]
 
@@ -34,8 +37,11 @@ class AttentionRun:
             or a device of torch. The model is moved back afterwards.
         keep_images: How many photographs to keep for display; see `ImageStream.kept`.
 
+    Attributes:
+        layers, skipped, windows: See `vit_probe.survey.Survey`.
+
     Raises:
-        InputError: If the images cannot be used, or the grid cannot be read from the model.
+        InputError: If the images cannot be used, or it cannot be told where the model's tokens lie.
     """
 
     def __init__(
@@ -54,44 +60,31 @@ class AttentionRun:
         self.device = self._home if device == "auto" and self._home.type != "cpu" else select_device(device)
         preprocessing = preprocessing or getattr(model, "preprocessing", None)
         self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images)
-        self.grid = grid or find_token_grid(model, *self.images.image_size)
-        rows, cols = (length // patch for length, patch in zip(self.images.image_size, self.grid.patch_size, strict=True))
-        # Overlapping patches may be one fewer a side; a grid that is off by more belongs to other images.
-        if max(abs(rows - self.grid.rows), abs(cols - self.grid.cols)) > 1:
-            height, width = self.images.image_size
-            raise InputError(
-                f"images of {height} x {width} pixels make {rows} x {cols} patches, which {self.grid} does not fit"
-            )
-        self.layers: list[str] = []
-        self.skipped: list[str] = []
+        found = survey(model, *self.images.image_size, grid=grid)
+        self.grid, self.windows, self.layers, self.skipped = found.grid, found.windows, found.layers, found.skipped
 
     def observe(self, *measures: AttentionObserver, progress: Callable[[int], None] | None = None) -> None:
         """Shows `measures` the attention of every layer on every image; `progress` is told the images of each batch.
 
-        The first batch goes through the whole model; later ones stop after the last layer's attention.
+        Each forward pass ends after the last layer's attention.
 
         Raises:
-            InputError: If no self-attention is seen, or a measure cannot use it.
+            InputError: If a measure cannot use the attention, or the images are not as they were announced.
         """
-        training = {module: module.training for module in self.model.modules()}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         try:
-            self.model.eval()
             if self.device != self._home:
                 self.model.to(self.device)
-            with torch.no_grad(), attention_hooks(self.model, *measures) as hooks:
+            with evaluated(self.model), attention_hooks(self.model, *measures) as hooks:
+                hooks.stop_after = len(self.layers) - 1
                 for batch in self.images:
                     with suppress(ForwardStopped):
                         self.model(batch.to(self.device, dtype))
-                    hooks.stop_after = len(hooks.layers) - 1
                     if progress is not None:
                         progress(len(batch))
-            self.layers, self.skipped = hooks.layers, hooks.skipped
         finally:
             if self.device != self._home:
                 self.model.to(self._home)
-            for module, mode in training.items():
-                module.training = mode
 
     def provenance(self, options: dict[str, Any]) -> dict[str, Any]:
         """Where the numbers of a measure with these options come from: model, weights, images, grid, layers, versions."""
@@ -100,6 +93,7 @@ class AttentionRun:
             "images": self.images.provenance(),
             "preprocessing": asdict(self.images.preprocessing) if self.images.preprocessing else None,
             "grid": asdict(self.grid),
+            "windows": {layer: list(windows.patches.shape) for layer, windows in self.windows.items()},
             "layers": self.layers,
             "skipped": self.skipped,
             "options": options,

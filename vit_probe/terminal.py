@@ -61,9 +61,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
-    """The summary of a result, and where its files lie."""
+    """The summary of a result, what it leaves out, and where its files lie."""
     print_table(list(summary.columns), summary.itertuples(index=False))
     console = Console(highlight=False, soft_wrap=True)
+    for name, reason in summary.attrs.get("skipped", {}).items():
+        console.print(f"not in the table: {name}, which is no self-attention ({reason})", markup=False)
     for path in files:
         console.print(str(path), markup=False)
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from analyses import finetune_resolution
 from analyses.finetune_resolution import app
 from analyses.small_images import read_data
 from analyses.training import Recipe, accuracy, fit
@@ -88,6 +89,15 @@ def test_a_model_of_other_preprocessing_is_refused(
     other = save_model(model, tmp_path / "other.safetensors")
     assert typed(monkeypatch, sheets, "--model", other, "--image-size", 24, "--out", tmp_path) == 2
     assert "is not standardised with ImageNet's mean and deviation" in capsys.readouterr().err
+
+
+def test_a_librarys_model_is_refused(
+    sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finetune_resolution, "load_model", lambda name: torch.nn.Linear(2, 2))
+    assert typed(monkeypatch, sheets, "--model", "timm:swin", "--out", tmp_path / "out") == 2
+    assert "timm:swin is a library's own model (Linear); choose one that is a VisionTransformer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_other_than_square_images_is_refused(

@@ -112,7 +112,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, bytes]] = {}
     refusals: ClassVar[dict[str, tuple[int, str]]] = {
-        "a/none": (404, "RepoNotFound"), "a/gated": (403, "GatedRepo"), "a/down": (500, "")
+        "a/none": (404, "RepoNotFound"), "timm/": (404, "RepoNotFound"), "a/gated": (403, "GatedRepo"), "a/down": (500, "")
     }  # fmt: skip
 
     def do_GET(self) -> None:
@@ -187,6 +187,13 @@ def test_a_download(pickled: bool, hub: type[Hub], cache: Path) -> None:
 def test_the_hubs_refusals(repository: str, message: str, hub: type[Hub]) -> None:
     with pytest.raises(InputError, match=message):
         load_model(f"hf:{repository}")
+
+
+def test_names_that_the_hub_has_not_but_timm_has(hub: type[Hub]) -> None:
+    pytest.importorskip("timm")
+    message = r"^the hub has no repository timm/vit_tiny_patch16_224, .*; similar names are vit_tiny_patch16_224\.augreg_in21k"
+    with pytest.raises(InputError, match=message):
+        load_model("timm:vit_tiny_patch16_224")
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_demo_is_the_bundled_model_whatever_lies_in_the_folder(tmp_path: Path, m
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"no checkpoint file or folder .*nothing\.pth; others are demo, hf:ORG/NAME and timm:NAME"
+        InputError, match=r"no checkpoint file or folder .*nothing\.pth; others are demo, hf:ORG/NAME, timm:NAME, .*ARCH/TAG$"
     ):
         load_model(tmp_path / "nothing.pth")
     with pytest.raises(InputError, match=r"the folder .* holds no config\.json"):
@@ -114,11 +114,16 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(InputError, match=r"holds no weights; expected model\.safetensors or pytorch_model\.bin"):
         load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"config\.json names neither a model_type, as transformers does, nor timm's architecture"
+    ):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="holds a JSON list instead of an object"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError, match=r"type 'bert'; supported are vit, deit, dinov2"):
+    with pytest.raises(InputError, match=r"type is 'bert'; supported are vit, .*'bert' does not take images"):
         load_model(tmp_path)
     (tmp_path / "notes.txt").write_text("weights")
     with pytest.raises(InputError, match=r"notes\.txt is no checkpoint that can be read; known are \.npz, \.safetensors"):

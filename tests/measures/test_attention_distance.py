@@ -46,7 +46,10 @@ def test_random_attention_in_any_tiles(prefix: str, grid: TokenGrid, batch: int,
     result = feed(AttentionDistance(grid, prefix=prefix), attention, **tiling).compute()
     agrees(result, attention, grid, prefix)
     assert (result.num_images, result.prefix) == (batch, prefix)
-    assert result.uniform_distance == pytest.approx(reference.uniform_distance(grid.rows, grid.cols, grid.patch_size))
+    assert result.modules == ["blocks.0.attn", "blocks.1.attn"]
+    assert result.num_windows.tolist() == [1, 1]
+    uniform = reference.uniform_distance(grid.rows, grid.cols, grid.patch_size)
+    np.testing.assert_allclose(result.uniform_distance, [uniform, uniform])
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -86,7 +89,8 @@ def test_uniform_attention_has_the_grids_uniform_distance() -> None:
     np.testing.assert_allclose(renormalized.distance, GRID.uniform_distance(), rtol=1e-6)
     np.testing.assert_allclose(dropped.distance, GRID.uniform_distance() * 12 / 14, rtol=1e-6)
     np.testing.assert_allclose(renormalized.patch_mass, 12 / 14, rtol=1e-6)
-    assert renormalized.uniform_distance == dropped.uniform_distance == GRID.uniform_distance()
+    for result in (renormalized, dropped):
+        assert result.uniform_distance.tolist() == [GRID.uniform_distance()] * 2
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -213,11 +217,13 @@ def result() -> AttentionDistanceResult:
 
 def test_dataframe_has_a_row_a_head(result: AttentionDistanceResult) -> None:
     frame = result.to_dataframe()
-    assert list(frame) == ["layer", "head", "distance", "std", "patch_mass", "uniform_distance", "num_images"]
+    measured = ["distance", "std", "patch_mass", "uniform_distance", "num_windows", "num_images"]
+    assert list(frame) == ["layer", "module", "head", *measured]
+    assert frame.module.tolist() == [f"blocks.{layer}.attn" for layer in (0, 0, 1, 1, 2, 2)]
     assert frame[["layer", "head"]].to_numpy().tolist() == [[layer, head] for layer in range(3) for head in range(2)]
     row = frame[(frame.layer == 2) & (frame["head"] == 1)].iloc[0]
     assert (row.distance, row["std"], row.patch_mass) == (result.distance[2, 1], result.std[2, 1], result.patch_mass[2, 1])
-    assert set(frame.uniform_distance) == {result.uniform_distance}
+    assert set(frame.uniform_distance) == set(result.uniform_distance)
     assert set(frame.num_images) == {3}
 
 
@@ -240,9 +246,9 @@ def test_plot_returns_axes(result: AttentionDistanceResult) -> None:
 def test_saved_and_read_back(result: AttentionDistanceResult, tmp_path) -> None:
     again = load_result(result.save(tmp_path / "distance.safetensors"))
     assert isinstance(again, AttentionDistanceResult)
-    for name in ("distance", "std", "patch_mass"):
+    for name in ("distance", "std", "patch_mass", "uniform_distance", "num_windows"):
         np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
-    assert (again.uniform_distance, again.num_images, again.prefix) == (result.uniform_distance, 3, "renormalize")
+    assert (again.modules, again.num_images, again.prefix) == (result.modules, 3, "renormalize")
     assert again.provenance == result.provenance
     assert again.provenance["options"] == {"prefix": "renormalize"}
     assert again.to_dataframe().equals(result.to_dataframe())
@@ -257,8 +263,10 @@ def test_an_unknown_prefix() -> None:
 
 
 def test_a_grid_that_does_not_fit() -> None:
-    with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14; pass the grid"):
+    with pytest.raises(InputError, match=r"makes 13 tokens of images of 24 x 24 pixels.*TokenGrid.*accounts for 14; pass"):
         mean_attention_distance(small_vit(), images(), grid=GRID, device="cpu")
+    with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14; pass the grid"):
+        feed(AttentionDistance(GRID), random_attention(TokenGrid(3, 4, (8, 6), 1, True)))
 
 
 def test_a_grid_of_other_images() -> None:
@@ -299,12 +307,25 @@ def test_shards_that_do_not_belong_together(other: AttentionDistance) -> None:
         empty.compute()
 
 
-def test_layers_of_different_heads_make_no_table() -> None:
+def test_layers_of_different_heads() -> None:
     measure = AttentionDistance(GRID)
-    for layer, heads in enumerate((2, 3)):
-        attention = random_attention(GRID, layers=layer + 1, heads=heads)
-        feed(_Only(measure, layer), attention)
-    with pytest.raises(InputError, match="layers differ in heads or images \\(2 heads on 3 images, 3 heads on 3 images\\)"):
+    attention = [random_attention(GRID, layers=layer + 1, heads=heads) for layer, heads in enumerate((2, 3))]
+    for layer, shown in enumerate(attention):
+        feed(_Only(measure, layer), shown)
+    result = measure.compute()
+    assert np.isnan(result.distance[0, 2])
+    frame = result.to_dataframe()
+    assert frame[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
+    slow = [expected(attention[layer][layer:], GRID, "renormalize").mean[0] for layer in (0, 1)]
+    np.testing.assert_allclose(frame.distance, np.concatenate(slow), rtol=1e-5)
+    np.testing.assert_allclose(result.summary()["mean distance (px)"], [row.mean() for row in slow], rtol=1e-5)
+
+
+def test_layers_of_different_images_make_no_table() -> None:
+    measure = AttentionDistance(GRID)
+    for layer, batch in enumerate((2, 3)):
+        feed(_Only(measure, layer), random_attention(GRID, layers=layer + 1, batch=batch))
+    with pytest.raises(InputError, match=r"the layers have seen different numbers of images \(2, 3\)"):
         measure.compute()
 
 

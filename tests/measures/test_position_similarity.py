@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from tests import reference
-from tests.models import FAMILIES, small_vit, transformers_vit
+from tests.checkpoints.parity import randomize
+from tests.models import FAMILIES, small_vit
 from vit_probe import InputError, load_result, position_similarity
 from vit_probe.measures import PositionSimilarityResult
 
@@ -110,6 +111,98 @@ def test_an_empty_entry_is_similar_to_nothing() -> None:
     assert np.isfinite(similarity).all()
 
 
+# The tokens of a constant image
+
+
+def centred(vectors: torch.Tensor, rows: int, cols: int) -> np.ndarray:
+    array = vectors.detach().double().numpy()
+    return reference.position_similarity(array - array.mean(axis=0), rows, cols)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_before_the_first_layer_only_the_table_tells_tokens_apart(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    tables = [parameter for path, parameter in model.named_parameters() if path.endswith(TABLES[name])]
+    table = tables[0].reshape(-1, tables[0].shape[-1])[-family.grid.num_patches :]
+    result = position_similarity(model, after_layers=0)
+    expected = centred(table, family.grid.rows, family.grid.cols)
+    np.testing.assert_allclose(result.similarity, expected, rtol=0, atol=1e-5)
+    assert abs(result.similarity - position_similarity(model).similarity).max() > 0.01  # the table itself is not centred
+
+
+@pytest.mark.parametrize("after_layers", [0, 1, 2])
+@pytest.mark.parametrize("name", ["transformers-vit", "transformers-registers", "transformers-siglip"])
+def test_tokens_are_the_hidden_states_of_transformers(name: str, after_layers: int) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    states: list[torch.Tensor] = []
+    blocks = model.layers if name == "transformers-vit" else model.encoder.layer if "reg" in name else model.encoder.layers
+    blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: states.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: states.append(output))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, *family.size))
+    tokens = states[after_layers][0, family.grid.num_prefix_tokens :]
+    expected = centred(tokens, family.grid.rows, family.grid.cols)
+    result = position_similarity(model, after_layers=after_layers, image_size=family.size)
+    np.testing.assert_allclose(result.similarity, expected, rtol=0, atol=1e-5)
+    assert result.after_layers == after_layers
+    assert not any(module._forward_pre_hooks for module in blocks[1:])
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3", "timm-beit"])
+def test_rotary_and_relative_positions_show_in_the_middle_of_the_model(name: str) -> None:
+    model = FAMILIES[name].model()
+    result = position_similarity(model)
+    assert result.after_layers == 1
+    assert result.similarity.shape == (4, 6, 4, 6)
+    states: list[torch.Tensor] = []
+    model.blocks[0].register_forward_hook(lambda module, args, output: states.append(output))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 48))
+    tokens = states[0][0, model.num_prefix_tokens :]
+    np.testing.assert_allclose(result.similarity, centred(tokens, 4, 6), rtol=0, atol=1e-5)
+
+
+def test_another_size_for_the_constant_image() -> None:
+    model = small_vit(num_registers=2)
+    result = position_similarity(model, after_layers=1, image_size=(40, 12))
+    assert result.similarity.shape == (5, 2, 5, 2)
+    assert position_similarity(model, image_size=(40, 12)).after_layers == 1
+    square = position_similarity(model, after_layers=1, image_size=24)
+    np.testing.assert_array_equal(square.similarity, position_similarity(model, after_layers=1).similarity)
+
+
+def test_merged_patches_have_their_own_grid() -> None:
+    from transformers import SwinConfig, SwinModel
+
+    sizes = dict(image_size=32, patch_size=4, window_size=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2])
+    model = randomize(SwinModel(SwinConfig(**sizes, use_absolute_embeddings=True)).eval())
+    for after_layers, side in enumerate((8, 8, 8, 4, 4)):
+        result = position_similarity(model, after_layers=after_layers)
+        assert result.similarity.shape == (side, side, side, side)
+    assert position_similarity(model).similarity.shape == (8, 8, 8, 8)
+
+
+def test_the_title_says_what_is_compared() -> None:
+    model = small_vit()
+    assert position_similarity(model).title == "Position embedding similarity"
+    assert position_similarity(model, after_layers=1).title.endswith("after 1 layer")
+    axes = position_similarity(model, after_layers=2).plot()
+    assert axes.get_title() == "Position similarity after 2 layers"
+
+
+def test_the_number_of_layers_is_saved(tmp_path) -> None:
+    result = position_similarity(small_vit(), after_layers=2)
+    again = load_result(result.save(tmp_path / "positions.safetensors"))
+    assert isinstance(again, PositionSimilarityResult)
+    assert again.after_layers == 2
+    assert again.provenance["options"] == {"after_layers": 2, "image_size": None}
+
+
 # The result
 
 
@@ -160,28 +253,29 @@ def test_saved_and_read_back(tmp_path) -> None:
 # Errors
 
 
-def test_our_model_without_positions() -> None:
-    with pytest.raises(InputError, match=r"no position embedding \(position='none'\); there is nothing"):
-        position_similarity(small_vit(position="none"))
+def test_positions_that_leave_no_trace() -> None:
+    for model in (small_vit(position="none"), FAMILIES["encoder"].model()):
+        with pytest.raises(InputError, match=r"all alike after 1 layers of .*its positions leave no trace on them"):
+            position_similarity(model, image_size=(24, 24))
+    with pytest.raises(InputError, match="all alike after 0 layers of Eva; positions come in later: raise after_layers"):
+        position_similarity(FAMILIES["timm-dinov3"].model(), after_layers=0)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: FAMILIES["timm-dinov3"].model(),
-        lambda: FAMILIES["timm-beit"].model(),
-        lambda: transformers_vit("DINOv3ViT"),
-        lambda: nn.Linear(2, 2),
-    ],
-)
-def test_rotary_and_relative_positions_hold_no_table(build) -> None:
-    model = build()
-    with pytest.raises(InputError, match=f"{type(model).__name__} holds no table.*instead, with mean_attention_distance"):
-        position_similarity(model)
+@pytest.mark.parametrize("after_layers", [-1, 3])
+def test_layers_that_are_not_there(after_layers: int) -> None:
+    with pytest.raises(InputError, match=f"after_layers must be from 0 to 2, the layers of Eva; got {after_layers}"):
+        position_similarity(FAMILIES["timm-dinov3"].model(), after_layers=after_layers)
+
+
+def test_a_model_that_names_no_size() -> None:
+    with pytest.raises(InputError, match=r"Encoder has no table .*names no image size; pass image_size="):
+        position_similarity(FAMILIES["encoder"].model())
 
 
 def test_a_table_that_is_too_short() -> None:
     model = Clip()
     model.image_size = (32, 32)
-    with pytest.raises(InputError, match=r"position table of Clip has 7 entries, which does not fit TokenGrid\(rows=4, cols=4"):
+    with pytest.raises(
+        InputError, match=r"position table of Clip has 7 entries, which does not fit 4 x 4 patches; pass image_size"
+    ):
         position_similarity(model)

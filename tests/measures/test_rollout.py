@@ -261,7 +261,7 @@ def test_an_impossible_discard_ratio(ratio: float) -> None:
 
 
 def test_a_grid_that_does_not_fit() -> None:
-    with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14; pass the grid"):
+    with pytest.raises(InputError, match=r"makes 13 tokens of images of 24 x 24 pixels.*TokenGrid.*accounts for 14; pass"):
         attention_rollout(small_vit(), images(), grid=GRID, device="cpu")
 
 

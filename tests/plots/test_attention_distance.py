@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 
 from vit_probe.errors import InputError
 from vit_probe.plots import plot_attention_distance, plot_sorted_heads
@@ -154,9 +155,22 @@ def test_errors_say_what_arrived(frame: pd.DataFrame, plot) -> None:  # type: ig
         plot(frame.drop(columns=["std", "num_images"]))
     with pytest.raises(InputError, match="no rows; measure at least one head"):
         plot(frame.iloc[:0])
-    mixed = frame.assign(uniform_distance=np.where(frame["layer"] < 3, 116.5, 270.0))
+    mixed = frame.assign(uniform_distance=np.where(frame["head"] < 3, 116.5, 270.0))
     with pytest.raises(InputError, match=r"distances from 116\.5 to 270; draw one grid at a time"):
         plot(mixed)
+
+
+def test_windows_have_their_own_uniform_attention(frame: pd.DataFrame) -> None:
+    windows = frame.assign(uniform_distance=np.where(frame["layer"] % 3 == 2, 116.5, 40.0))
+    axes = plot_attention_distance(windows)
+    (steps,) = [patch for patch in axes.patches if patch.get_label() == "uniform attention"]
+    assert isinstance(steps, StepPatch)
+    np.testing.assert_array_equal(steps.get_data().values, [40, 40, 116.5, 40, 40, 116.5])
+    np.testing.assert_array_equal(steps.get_data().edges, np.arange(7) - 0.5)
+    assert axes.get_ylim()[1] > 116.5
+    *lines, near, far = plot_sorted_heads(windows, layers=[0, 1, 2]).get_lines()
+    assert len(lines) == 3
+    assert [set(line.get_ydata()) for line in (near, far)] == [{40.0}, {116.5}]
 
 
 def test_sorted_heads_of_the_first_and_last_layers(frame: pd.DataFrame) -> None:

@@ -65,7 +65,15 @@ def test_a_model_without_a_table_says_so(filters: NDArray[np.float64], frame: pd
     centre = plot_figure7(filters[:5], None, frame).axes[1]
     assert centre.get_title() == "Position embedding similarity"
     assert not centre.images
-    assert [text.get_text() for text in centre.texts] == ["This model has no table\nof position embeddings."]
+    assert [text.get_text() for text in centre.texts] == ["Positions of this model\ncannot be compared."]
+
+
+def test_the_title_of_the_similarity(
+    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
+) -> None:
+    for given in (similarity, None):
+        sheet = plot_figure7(filters[:5], given, frame, similarity_title="Another kind")
+        assert sheet.axes[1].get_title() == "Another kind"
 
 
 def test_the_title_counts_the_components(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vit_probe.config import ViTConfig, as_pair
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 from vit_probe.images import Preprocessing
 from vit_probe.vit import VisionTransformer
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "check_finite", "usual_preprocessing"]
+
+_LISTED = 20  # names in an error, at most
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Checkpoint:
         """The model in evaluation mode.
 
         Raises:
-            InputError: If parameters are missing, unexpected or wrongly shaped.
+            UnsupportedArchitecture: If parameters are missing, unexpected or wrongly shaped.
+            InputError: If they are not finite.
         """
         config, state = self.config, self.state
         if config.num_classes == 0:
@@ -55,21 +59,35 @@ class Checkpoint:
                 ],
             ),
         ]
-        found = [f"{kind}: {', '.join(names)}" for kind, names in problems if names]
+        found = [f"{kind}: {_listed(names)}" for kind, names in problems if names]
         if found:
-            raise InputError(f"the checkpoint does not fit the model it describes; {'; '.join(found)}")
-        unusable = [name for name, value in state.items() if not value.isfinite().all()]
-        if unusable:
-            raise InputError(f"the checkpoint holds NaN or infinity (a diverged training?) in {', '.join(unusable[:5])}")
+            raise UnsupportedArchitecture(f"the checkpoint does not fit the model it describes; {'; '.join(found)}")
+        check_finite(state.items())
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
         model.preprocessing = self.preprocessing
         if self.preprocessing is None and config.in_channels == 3:
-            model.preprocessing = _assumed(config)
+            model.preprocessing = usual_preprocessing(as_pair(config.image_size, "image_size"))
         return model.eval()
 
 
-def _assumed(config: ViTConfig) -> Preprocessing:
-    size = as_pair(config.image_size, "image_size")
+def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses parameters that are no numbers.
+
+    Raises:
+        InputError: If one holds NaN or infinity.
+    """
+    unusable = [name for name, value in parameters if not value.isfinite().all()]
+    if unusable:
+        raise InputError(f"the checkpoint holds NaN or infinity (a diverged training?) in {', '.join(unusable[:5])}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def usual_preprocessing(size: tuple[int, int]) -> Preprocessing:
+    """What is usual for ImageNet, for a checkpoint that does not say; warns that it is assumed."""
     preprocessing = Preprocessing.usual(size)
     warnings.warn(
         "the checkpoint does not say how photographs are prepared for it; ImageNet's mean and standard deviation are assumed "

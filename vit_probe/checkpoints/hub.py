@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
+from vit_probe.checkpoints.libraries import timm
 from vit_probe.errors import InputError
 
-__all__ = ["PREFIXES", "fetch"]
+__all__ = ["LIBRARY_FILES", "OPEN_CLIP_FILES", "PREFIXES", "Files", "fetch"]
 
 PREFIXES = ("hf:", "timm:")
 
-_CONFIGURATION = ["config.json", "preprocessor_config.json"]
-_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 _PATIENCE = 15.0  # seconds
 
 
-def fetch(name: str) -> Path:
+@dataclass(frozen=True)
+class Files:
+    """Patterns of the files to fetch: configurations; weights as safetensors; pickled weights, where there are none."""
+
+    configuration: tuple[str, ...]
+    safetensors: tuple[str, ...]
+    pickles: tuple[str, ...]
+
+
+LIBRARY_FILES = Files(
+    ("config.json", "preprocessor_config.json", "processor_config.json"),
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+)
+"""Of timm's and transformers' repositories."""
+OPEN_CLIP_FILES = Files(("open_clip_config.json",), ("open_clip_model.safetensors",), ("open_clip_pytorch_model.bin",))
+
+
+def fetch(name: str, files: Files = LIBRARY_FILES) -> Path:
     """The local folder of a model's files, downloaded unless the client's cache holds them.
 
     Only configurations and PyTorch weights are fetched, the pickled ones only where there are no safetensors. Without
@@ -25,6 +42,7 @@ def fetch(name: str) -> Path:
 
     Args:
         name: `hf:ORG/NAME`, or `timm:NAME` for the repository `timm/NAME`.
+        files: What to fetch.
 
     Raises:
         InputError: If the client is not installed, the repository does not exist or may not be read, or there is neither a
@@ -48,9 +66,11 @@ def fetch(name: str) -> Path:
         raise InputError(f"{name} names no model of the hub; write hf:ORG/NAME or timm:NAME")
     try:
         cached = not _answers(repository)
-        folder = Path(snapshot_download(repository, allow_patterns=_CONFIGURATION + _SAFETENSORS, local_files_only=cached))
-        if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(repository, allow_patterns=_CONFIGURATION + _PICKLES, local_files_only=cached))
+        for weights in (files.safetensors, files.pickles):
+            wanted = [*files.configuration, *weights]
+            folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=cached))
+            if any(any(folder.glob(pattern)) for pattern in weights):
+                break
         return folder
     except HFValidationError:
         raise InputError(f"{name} names no model of the hub; write hf:ORG/NAME or timm:NAME") from None
@@ -60,7 +80,8 @@ def fetch(name: str) -> Path:
             "log in with `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
-        raise InputError(f"the hub has no repository {repository}, or it is private; check the name") from None
+        similar = timm.similar_names(repository.removeprefix("timm/")) if source == "timm" else ""
+        raise InputError(f"the hub has no repository {repository}, or it is private; check the name{similar}") from None
     except IncompleteSnapshotError:
         raise InputError(
             f"the cached copy of {repository} is incomplete, and the hub cannot be reached; check the network and try again"

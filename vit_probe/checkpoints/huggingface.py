@@ -1,4 +1,4 @@
-"""transformers' checkpoints: ViT, DeiT, DINOv2 and DINOv2 with registers, under their old and new parameter names."""
+"""transformers' checkpoints: ViT, MAE, DeiT, DINOv2 and DINOv2 with registers, under their old and new parameter names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.huggingface_images import preprocessing
 from vit_probe.checkpoints.renaming import join, rename
 from vit_probe.checkpoints.shapes import config_from_shapes
-from vit_probe.errors import InputError
+from vit_probe.errors import UnsupportedArchitecture
 
 __all__ = ["MODEL_TYPES", "from_state", "is_layout"]
 
-MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+MODEL_TYPES = ("vit", "vit_mae", "deit", "dinov2", "dinov2_with_registers")
 
 # Files keep the names of transformers 4 (`encoder.layer.0.attention.attention.query`, `intermediate.dense`); models of
 # transformers 5 in memory have others (`layers.0.attention.q_proj`, `mlp.fc1`).
@@ -41,7 +41,7 @@ _NAMES = (
     (r"^(cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
 )
-_IGNORED = rf"({_PREFIX})?(embeddings\.mask_token$|pooler\.)"
+_IGNORED = rf"({_PREFIX})?(embeddings\.mask_token$|pooler\.)|decoder\."
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 _FIELDS = {
     "image_size": "image_size",
@@ -65,8 +65,8 @@ def from_state(
 ) -> Checkpoint:
     """Reads a state dict, with `config.json` and `preprocessor_config.json` where they are there.
 
-    Mask tokens and poolers are left out. With `config` but no `processor`, photographs are prepared as the model type's
-    image processor does by default (see `preprocessing`); without either, nothing says how.
+    Mask tokens, poolers and the decoders of pre-training are left out. With `config` but no `processor`, photographs are
+    prepared as the model type's image processor does by default (see `preprocessing`); without either, nothing says how.
 
     Args:
         state: Parameters under either spelling of transformers' names, with or without the base model's prefix.
@@ -75,7 +75,7 @@ def from_state(
         processor: What `preprocessor_config.json` holds.
 
     Raises:
-        InputError: If the model has parts that `VisionTransformer` has not.
+        UnsupportedArchitecture: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
     """
     renamed = join(rename(state, _NAMES, drop=_IGNORED), ("query", "key", "value"), "qkv")
     renamed = join(renamed, ("gate_proj", "up_proj"), "fc1")
@@ -106,7 +106,7 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
     elif activation in _ACTIVATIONS:
         known["activation"] = _ACTIVATIONS[activation]
     else:
-        raise InputError(
+        raise UnsupportedArchitecture(
             f"config.json names the activation {activation!r}; VisionTransformer knows {', '.join(_ACTIVATIONS)} and swiglu"
         )
     return known

@@ -10,7 +10,7 @@ from vit_probe.config import ViTConfig, as_pair
 from vit_probe.errors import InputError
 from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 
-__all__ = ["preprocessing"]
+__all__ = ["from_settings", "preprocessing"]
 
 _HALF = (0.5, 0.5, 0.5)
 _RESAMPLING: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -22,15 +22,16 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "Bit": {"size": 224, "crop_size": 224, "resample": 3, "do_center_crop": True}
     | {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)},
 }
-_OF_MODEL = {"vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
+_OF_MODEL = {"vit": "ViT", "vit_mae": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
 
 
 def preprocessing(model_type: str, config: ViTConfig, processor: Mapping[str, Any] | None) -> Preprocessing:
     """What `preprocessor_config.json` says, or the model type's usual preprocessing where there is no such file.
 
-    The latter is, for ViT, the image resized to the model's size with mean and standard deviation 0.5; for DeiT the same
-    through a resize to 256/224 of the size and a central crop, with ImageNet's mean and standard deviation; for DINOv2
-    the shorter side resized to 256, a central crop of 224 and ImageNet's statistics, as all its published models have it.
+    The latter is, for ViT, the image resized to the model's size with mean and standard deviation 0.5; for MAE the same with
+    ImageNet's mean and standard deviation; for DeiT the same as for MAE through a resize to 256/224 of the size and a central
+    crop; for DINOv2 the shorter side resized to 256, a central crop of 224 and ImageNet's statistics, as all its published
+    models have it.
 
     Args:
         model_type: The model's type.
@@ -46,8 +47,21 @@ def preprocessing(model_type: str, config: ViTConfig, processor: Mapping[str, An
     kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
     named = re.match("|".join(_PROCESSORS), kind)
     settings = _PROCESSORS[named[0] if named else _OF_MODEL[model_type]] | dict(processor)
-    resize = _size(settings["size"], square=not (named and named[0] == "Bit"))
-    crop = _size(settings["crop_size"], square=True) if settings["do_center_crop"] else resize
+    return from_settings(settings, square=not (named and named[0] == "Bit"))
+
+
+def from_settings(settings: Mapping[str, Any], *, square: bool = True) -> Preprocessing:
+    """The settings of any image processor that resizes, crops at the centre and standardises.
+
+    Args:
+        settings: Under the names of `preprocessor_config.json`, none left out that the processor uses.
+        square: Whether a size that is a bare number is that of a square, or else of the shorter side.
+
+    Raises:
+        InputError: If a size or a resampling filter is given in a way that is not known.
+    """
+    resize = _size(settings["size"], square=square)
+    crop = _size(settings["crop_size"], square=True) if settings.get("do_center_crop") else resize
     if settings["resample"] not in _RESAMPLING:
         raise InputError(f"preprocessor_config.json asks for resampling {settings['resample']!r}; known are 0 to 3")
     normalize = settings.get("do_normalize", True)
@@ -63,6 +77,8 @@ def preprocessing(model_type: str, config: ViTConfig, processor: Mapping[str, An
 
 def _usual(model_type: str, config: ViTConfig) -> Preprocessing:
     size = as_pair(config.image_size, "image_size")
+    if model_type == "vit_mae":
+        return Preprocessing(size, size, interpolation="bilinear")
     if model_type == "vit":
         return Preprocessing(size, size, mean=_HALF, std=_HALF, interpolation="bilinear")
     patch_height, patch_width = config.patch_stride

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vit_probe.config import ResNetConfig, ViTConfig, as_pair
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 
 __all__ = ["config_from_shapes"]
 
@@ -34,7 +34,9 @@ def config_from_shapes(state: Mapping[str, Tensor], known: Mapping[str, Any]) ->
         known: Fields of `ViTConfig` that are known from elsewhere; they go before what the shapes say.
 
     Raises:
-        InputError: If parameters that tell the shape are missing, or the number of heads or the grid cannot be told.
+        UnsupportedArchitecture: If parameters that every `VisionTransformer` has are missing or of another kind, or the number
+            of heads or the grid cannot be told.
+        InputError: If the position table does not fit the image size.
     """
     projection = _shape(state, "patch_embed.proj.weight", 4)
     width, (_, hidden) = projection[0], _shape(state, "blocks.0.mlp.fc2.weight", 2)
@@ -69,10 +71,10 @@ def config_from_shapes(state: Mapping[str, Tensor], known: Mapping[str, Any]) ->
 
 def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
     if name not in state:
-        raise InputError(f"the checkpoint is incomplete: it holds no parameter {name}")
+        raise UnsupportedArchitecture(f"the checkpoint is incomplete: it holds no parameter {name}")
     shape = tuple(state[name].shape)
     if len(shape) != ndim:
-        raise InputError(f"{name} should have {ndim} axes, but the checkpoint's has the shape {shape}")
+        raise UnsupportedArchitecture(f"{name} should have {ndim} axes, but the checkpoint's has the shape {shape}")
     return shape
 
 
@@ -102,7 +104,7 @@ def _num_heads(state: Mapping[str, Tensor], width: int) -> int:
     if "blocks.0.attn.q_norm.weight" in state:
         return width // _shape(state, "blocks.0.attn.q_norm.weight", 1)[0]
     if width not in _HEADS:
-        raise InputError(
+        raise UnsupportedArchitecture(
             f"the number of attention heads cannot be told from the checkpoint (a width of {width} is no published "
             "model's); pass num_heads= to load_model; save_model keeps it"
         )
@@ -133,7 +135,7 @@ def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
             "image_size": (rows * height, cols * width),
         }
     if "pos_embed" not in state:
-        raise InputError(
+        raise UnsupportedArchitecture(
             "the checkpoint holds no position table (pos_embed): models with rotary or relative positions are not "
             "VisionTransformers; if this one really has no positions, pass position='none'"
         )
@@ -155,7 +157,7 @@ def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
         grids = [(prefix, isqrt(length - prefix)) for prefix in sorted(candidates) if length > prefix]
         square = [(prefix, side) for prefix, side in grids if side * side == length - prefix]
         if len(square) != 1:
-            raise InputError(
+            raise UnsupportedArchitecture(
                 f"the grid of patches cannot be told from a position table of {length} entries with {num_prefix} prefix "
                 f"tokens ({'more than one square fits' if square else 'it is not a square'}); pass image_size=(height, width)"
             )

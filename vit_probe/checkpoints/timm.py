@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch import Tensor
 from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.renaming import rename
 from vit_probe.checkpoints.shapes import config_from_shapes
-from vit_probe.errors import InputError
+from vit_probe.errors import InputError, UnsupportedArchitecture
 from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 
-__all__ = ["from_state", "is_layout"]
+__all__ = ["from_state", "is_layout", "preprocessing"]
 
 _NAMES = (
     (r"^patch_embed\.backbone\.(conv|norm)\.", r"patch_embed.backbone.stem.\1."),  # a stem without stages
@@ -59,7 +60,7 @@ def from_state(
         config: `config.json` of a model in timm's hub layout: `architecture`, `global_pool`, `pretrained_cfg`.
 
     Raises:
-        InputError: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
+        UnsupportedArchitecture: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
     """
     known: dict[str, Any] = {}
     if "mask_token" in state and "register_tokens" not in state:
@@ -74,8 +75,15 @@ def from_state(
         )
     if config is not None:
         known |= _known(config, renamed)
-    preprocessing = None if config is None else _preprocessing(config.get("pretrained_cfg") or config)
-    return Checkpoint(config_from_shapes(renamed, known | dict(overrides)), renamed, preprocessing)
+    checkpoint = Checkpoint(config_from_shapes(renamed, known | dict(overrides)), renamed, None)
+    if config is None:
+        return checkpoint
+    prepared = preprocessing(config.get("pretrained_cfg") or config)
+    stride = checkpoint.config.patch_stride
+    if prepared is not None and any(length % patch for length, patch in zip(prepared.size, stride, strict=True)):
+        size, patches = (f"{height} x {width}" for height, width in (prepared.size, stride))
+        raise UnsupportedArchitecture(f"its images of {size} pixels do not divide into patches of {patches}")
+    return replace(checkpoint, preprocessing=prepared)
 
 
 def _known(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def _known(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, 
     architecture = str(config["architecture"]).partition(".")[0]
     for pattern, what in _UNSUPPORTED:
         if re.search(pattern, architecture):
-            raise InputError(f"{architecture} has {what}, which VisionTransformer does not support")
+            raise UnsupportedArchitecture(f"{architecture} has {what}, which VisionTransformer does not support")
     known: dict[str, Any] = {}
     for pattern, fields in _ARCHITECTURES:
         if re.search(pattern, architecture):
@@ -95,13 +103,15 @@ def _known(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, 
         known["activation"] = arguments["act_layer"]
     pool = config.get("global_pool", "token")
     if pool not in _POOLING:
-        raise InputError(f"{architecture} pools its tokens by {pool!r}; VisionTransformer knows {', '.join(_POOLING)}")
+        raise UnsupportedArchitecture(
+            f"{architecture} pools its tokens by {pool!r}; VisionTransformer knows {', '.join(_POOLING)}"
+        )
     if "global_pool" in config and "dist_token" not in state:
         known["pooling"] = _POOLING[pool]
     return known
 
 
-def _preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
+def preprocessing(config: Mapping[str, Any]) -> Preprocessing | None:
     """What `pretrained_cfg` says, with timm's defaults; None for what a resize and a central crop cannot express."""
     channels, height, width = config.get("input_size") or (3, 224, 224)
     interpolation: Interpolation = config.get("interpolation") or "bicubic"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
-from vit_probe.hooks import AttentionTile
+from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
+from vit_probe.measures.moments import Moments
 from vit_probe.results import Result, check_finite
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
+from vit_probe.tiles import AttentionTile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +34,13 @@ class AttentionDistanceResult(Result):
     """Mean attention distance of every head.
 
     Args:
-        distance: (layer, head), pixels of the model's input, mean over images and query patches.
+        distance: (layer, head), pixels of the model's input, mean over images and query patches; NaN where a layer has fewer
+            heads than others.
         std: (layer, head), pixels, standard deviation over images of an image's mean (n - 1; NaN for one image).
         patch_mass: (layer, head), the part of patch queries' attention that falls on patches, mean over images and queries.
-        uniform_distance: Pixels; the distance of a head that attends to all patches alike.
+        uniform_distance: (layer), pixels; the distance of a head that attends alike to all patches that it may see.
+        num_windows: (layer), windows that attention is kept within; 1 where it is over the whole image.
+        modules: Path of each layer's module.
         num_images: Images averaged over.
         prefix: What became of attention paid to prefix tokens.
     """
@@ -43,36 +48,51 @@ class AttentionDistanceResult(Result):
     distance: np.ndarray
     std: np.ndarray
     patch_mass: np.ndarray
-    uniform_distance: float
+    uniform_distance: np.ndarray
+    num_windows: np.ndarray
+    modules: list[str]
     num_images: int
     prefix: Prefix
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, head, distance, std, patch_mass, uniform_distance (pixels), num_images."""
-        layer, head = np.indices(self.distance.shape)
-        return pd.DataFrame(
+        """One row a head: layer, module, head, distance, std, patch_mass, uniform_distance (pixels), num_windows, num_images.
+
+        Its `attrs["skipped"]` names the attention of the model that is no self-attention and so not in the table, with the
+        reason.
+        """
+        layer, head = np.nonzero(~np.isnan(self.distance))
+        frame = pd.DataFrame(
             {
-                "layer": layer.ravel(),
-                "head": head.ravel(),
-                "distance": self.distance.ravel(),
-                "std": self.std.ravel(),
-                "patch_mass": self.patch_mass.ravel(),
-                "uniform_distance": self.uniform_distance,
+                "layer": layer,
+                "module": [self.modules[index] for index in layer],
+                "head": head,
+                "distance": self.distance[layer, head],
+                "std": self.std[layer, head],
+                "patch_mass": self.patch_mass[layer, head],
+                "uniform_distance": self.uniform_distance[layer],
+                "num_windows": self.num_windows[layer],
                 "num_images": self.num_images,
             }
         )
+        frame.attrs["skipped"] = self.provenance.get("skipped", {})
+        return frame
 
     def summary(self) -> pd.DataFrame:
-        """One row a layer: mean and range of its heads' distances (pixels), and mean patch mass."""
-        return pd.DataFrame(
-            {
-                "layer": np.arange(len(self.distance)),
-                "mean distance (px)": self.distance.mean(axis=1),
-                "nearest head": self.distance.min(axis=1),
-                "farthest head": self.distance.max(axis=1),
-                "patch mass": self.patch_mass.mean(axis=1),
-            }
-        )
+        """One row a layer: mean and range of its heads' distances (pixels), and mean patch mass; `attrs` as in the table."""
+        frame = self.to_dataframe()
+        layers = frame.groupby("layer")
+        distance = layers["distance"]
+        columns = {
+            "mean distance (px)": distance.mean(),
+            "nearest head": distance.min(),
+            "farthest head": distance.max(),
+            "patch mass": layers["patch_mass"].mean(),
+        }
+        if (self.num_windows > 1).any():
+            columns["windows"] = layers["num_windows"].first()
+        summary = pd.DataFrame(columns).reset_index()
+        summary.attrs = frame.attrs
+        return summary
 
     def plot(self, *, ax: Axes | None = None, spread: bool = False) -> Axes:
         """Distance against depth, a dot a head; `spread` adds the standard deviation over images."""
@@ -95,7 +115,8 @@ def mean_attention_distance(
 
     For layer l and head h: the mean over images and query patches i of sum_j a_ij ||x_i - x_j||, x the patch centres in pixels
     of the model's input. The distance of a patch to itself is 0 and counts. Prefix tokens are no queries here. A head that pays
-    patches no attention at all (a mass that rounds to 0) counts as distance 0 for that query.
+    patches no attention at all (a mass that rounds to 0) counts as distance 0 for that query. In a layer that attends within
+    windows (SAM, Swin) j runs over the window of i; tokens that pad a window are treated like prefix tokens.
 
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
@@ -117,7 +138,7 @@ def mean_attention_distance(
         Raghu et al. 2021, arXiv:2108.08810, figure 3.
     """
     run = AttentionRun(model, images, grid=grid, preprocessing=preprocessing, batch_size=batch_size, device=device)
-    measure = AttentionDistance(run.grid, prefix=prefix)
+    measure = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
     run.observe(measure)
     return measure.compute(run.provenance(measure.options))
 
@@ -126,15 +147,25 @@ class AttentionDistance:
     """The streaming measure behind `mean_attention_distance`; an observer for `attention_hooks`.
 
     Keeps sums over images in float64, so that splitting the images into batches or processes changes nothing but rounding.
+
+    Args:
+        grid: Where the patches lie.
+        prefix: See `mean_attention_distance`.
+        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.survey.survey`.
     """
 
-    def __init__(self, grid: TokenGrid, *, prefix: Prefix = "renormalize") -> None:
+    def __init__(
+        self, grid: TokenGrid, *, prefix: Prefix = "renormalize", windows: Mapping[int, Windows] | None = None
+    ) -> None:
         if prefix not in get_args(Prefix):
             raise InputError(f"prefix must be one of {', '.join(get_args(Prefix))}; got {prefix!r}")
         self.grid = grid
         self.prefix = prefix
-        self._sums: list[_Sums] = []
+        self.windows = dict(windows or {})
+        self._sums: list[Moments] = []
+        self._modules: list[str] = []
         self._pending: Tensor | None = None
+        self._of_windows: list[Float[np.ndarray, "2 window head"]] = []
 
     @property
     def options(self) -> dict[str, Any]:
@@ -142,24 +173,60 @@ class AttentionDistance:
         return {"prefix": self.prefix}
 
     def update(self, tile: AttentionTile) -> None:
-        """Adds a tile. An image counts once its last query has come."""
-        self.grid.check_tokens(tile.num_tokens)
-        first = self.grid.num_prefix_tokens
-        start, stop = max(tile.queries.start - first, 0), max(tile.queries.stop - first, 0)
+        """Adds a tile. An image counts once the last query of its last window has come."""
+        windows = self.windows.get(tile.layer)
+        if windows is None:
+            self.grid.check_tokens(tile.num_tokens)
         if tile.queries.start == 0:
             count, heads = tile.probabilities.shape[:2]
             device = tile.probabilities.device
             self._pending = torch.zeros(2, count, heads, dtype=_wide(device), device=device)
         assert self._pending is not None
+        if windows is None:
+            self._add_whole(tile, self._pending)
+        else:
+            self._add_windows(tile, windows, self._pending)
+        if tile.queries.stop == tile.num_tokens:
+            while len(self._sums) <= tile.layer:
+                self._sums.append(Moments.none(2, self._pending.shape[-1]))
+                self._modules.append(tile.name)
+            self._add_images(self._pending.cpu().double().numpy(), tile.layer, windows)
+            self._pending = None
+
+    def _add_whole(self, tile: AttentionTile, sums: Float[Tensor, "2 image head"]) -> None:
+        first = self.grid.num_prefix_tokens
+        start, stop = max(tile.queries.start - first, 0), max(tile.queries.stop - first, 0)
         if stop > start:
             patches = tile.probabilities[:, :, start + first - tile.queries.start :, first:]
             distances = self.grid.distances(start, stop, device=patches.device)
-            self._pending += _distance_and_mass(patches, distances, self.prefix)
-        if tile.queries.stop == tile.num_tokens:
-            while len(self._sums) <= tile.layer:
-                self._sums.append(_Sums.zero(self._pending.shape[-1]))
-            self._sums[tile.layer].add((self._pending / self.grid.num_patches).cpu().double().numpy())
-            self._pending = None
+            sums += _distance_and_mass(patches, distances, self.prefix).sum(dim=-1)
+
+    def _add_windows(self, tile: AttentionTile, windows: Windows, sums: Float[Tensor, "2 window head"]) -> None:
+        if tile.num_tokens != windows.patches.shape[1]:
+            raise InputError(
+                f"attention of layer {tile.layer} ({tile.name}) is over {tile.num_tokens} tokens, but its windows have "
+                f"{windows.patches.shape[1]}; pass the windows of the images that the model saw"
+            )
+        # Sums over the queries of each window; an image's windows follow each other.
+        which = torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
+        is_patch = windows.is_patch[which].to(sums.device)
+        distances = windows.distances(which, tile.queries).to(sums.device)
+        patches = tile.probabilities * is_patch[:, None, None, :]
+        sums += (_distance_and_mass(patches, distances[:, None], self.prefix) * is_patch[:, None, tile.queries]).sum(dim=-1)
+
+    def _add_images(self, sums: Float[np.ndarray, "2 window head"], layer: int, windows: Windows | None) -> None:
+        """Adds the sums of whole windows; those of an image that is not complete yet wait for the rest of it."""
+        if windows is None:
+            self._sums[layer].merge(Moments.of((sums / self.grid.num_patches).swapaxes(0, 1)))
+            return
+        self._of_windows.append(sums)
+        waiting, count = np.concatenate(self._of_windows, axis=1), len(windows.patches)
+        images = waiting.shape[1] // count
+        if images:
+            whole = waiting[:, : images * count].reshape(2, images, count, -1).sum(axis=2)
+            self._sums[layer].merge(Moments.of((whole / windows.grid.num_patches).swapaxes(0, 1)))
+        rest = waiting[:, images * count :]
+        self._of_windows = [rest] if rest.size else []
 
     def merge(self, other: AttentionDistance) -> None:
         """Adds what `other` has seen. Either may have seen nothing.
@@ -167,11 +234,11 @@ class AttentionDistance:
         Raises:
             InputError: If `other` measures on another grid, with another `prefix`, or other layers and heads.
         """
-        mine, theirs = ((m.grid, m.prefix, [len(layer.squares) for layer in m._sums]) for m in (self, other))
+        mine, theirs = ((m.grid, m.prefix, [layer.mean.shape[1] for layer in m._sums]) for m in (self, other))
         if mine[:2] != theirs[:2] or (self._sums and other._sums and mine != theirs):
             raise InputError(f"cannot merge distances of (grid, prefix, heads of each layer) {theirs} into {mine}")
         if not self._sums:
-            self._sums = [_Sums.zero(heads) for heads in theirs[2]]
+            self._sums, self._modules = [Moments.none(2, heads) for heads in theirs[2]], list(other._modules)
         for layer, added in zip(self._sums, other._sums, strict=False):
             layer.merge(added)
 
@@ -183,61 +250,42 @@ class AttentionDistance:
         """
         if not self._sums:
             raise InputError("no attention has been measured yet")
-        if len({(layer.count, layer.mean.shape) for layer in self._sums}) > 1:
-            shapes = ", ".join(f"{layer.mean.shape[1]} heads on {layer.count} images" for layer in self._sums)
-            raise InputError(f"the layers differ in heads or images ({shapes}); they do not make one table")
-        mean = np.stack([layer.mean for layer in self._sums], axis=1)
-        check_finite(mean, "attention distances")
+        if len({layer.count for layer in self._sums}) > 1:
+            counts = ", ".join(str(layer.count) for layer in self._sums)
+            raise InputError(f"the layers have seen different numbers of images ({counts}); they do not make one table")
+        for layer in self._sums:
+            check_finite(layer.mean, "attention distances")
+        windows = [self.windows.get(layer) for layer in range(len(self._sums))]
         return AttentionDistanceResult(
-            distance=mean[0],
-            std=np.stack([layer.std() for layer in self._sums]),
-            patch_mass=mean[1],
-            uniform_distance=self.grid.uniform_distance(),
+            distance=_table([layer.mean[0] for layer in self._sums]),
+            std=_table([layer.std()[0] for layer in self._sums]),
+            patch_mass=_table([layer.mean[1] for layer in self._sums]),
+            uniform_distance=np.array([(window or self.grid).uniform_distance() for window in windows]),
+            num_windows=np.array([1 if window is None else len(window.patches) for window in windows]),
+            modules=self._modules,
             num_images=self._sums[0].count,
             prefix=self.prefix,
             provenance=provenance or {},
         )
 
 
-@dataclass
-class _Sums:
-    """Mean over images of (distance, mass) of each head, and the sum of squared deviations of the distance."""
-
-    count: int
-    mean: Float[np.ndarray, "2 head"]
-    squares: Float[np.ndarray, "head"]
-
-    @classmethod
-    def zero(cls, heads: int) -> _Sums:
-        return cls(0, np.zeros((2, heads)), np.zeros(heads))
-
-    def add(self, values: Float[np.ndarray, "2 image head"]) -> None:
-        mean = values.mean(axis=1)
-        self.merge(_Sums(values.shape[1], mean, ((values[0] - mean[0]) ** 2).sum(axis=0)))
-
-    def merge(self, other: _Sums) -> None:
-        """Chan et al. 1983: exact for any split, and stable where a sum of squares would cancel."""
-        total = self.count + other.count
-        if total == 0:
-            return
-        step = other.mean - self.mean
-        self.squares = self.squares + other.squares + step[0] ** 2 * (self.count * other.count / total)
-        self.mean = self.mean + step * (other.count / total)
-        self.count = total
-
-    def std(self) -> Float[np.ndarray, "head"]:
-        return np.sqrt(self.squares / (self.count - 1)) if self.count > 1 else np.full_like(self.squares, np.nan)
+def _table(rows: list[Float[np.ndarray, "head"]]) -> Float[np.ndarray, "layer head"]:
+    """A row a layer, filled up with NaN where a layer has fewer heads than another."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for filled, row in zip(table, rows, strict=True):
+        filled[: len(row)] = row
+    return table
 
 
 def _distance_and_mass(
-    attention: Float[Tensor, "image head query patch"], distances: Float[Tensor, "query patch"], prefix: Prefix
-) -> Float[Tensor, "2 image head"]:
-    """Sums over the queries of the attention-weighted distance and of the attention that falls on patches."""
+    attention: Float[Tensor, "image head query patch"], distances: Float[Tensor, "*image query patch"], prefix: Prefix
+) -> Float[Tensor, "2 image head query"]:
+    """The attention-weighted distance of each query, and the attention that falls on patches."""
     sums = torch.stack([torch.linalg.vecdot(attention, distances.to(attention)), attention.sum(dim=-1)])
     distance, mass = sums.to(_wide(attention.device))
     if prefix == "renormalize":
         distance = distance / mass.clamp_min(torch.finfo(attention.dtype).tiny)
-    return torch.stack([distance, mass]).sum(dim=-1)
+    return torch.stack([distance, mass])
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""How alike the position embeddings of two patches are."""
+"""How alike the positions of two patches are to a model."""
 
 from __future__ import annotations
 
@@ -8,29 +8,38 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.config import as_pair
 from vit_probe.errors import InputError
-from vit_probe.geometry import find_token_grid
+from vit_probe.geometry import TokenGrid, read_patch_size
 from vit_probe.results import Result, check_finite, software_versions
 from vit_probe.run import model_provenance
+from vit_probe.survey import survey
+from vit_probe.tokens import patch_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["PositionSimilarityResult", "position_similarity"]
 
+_ALIKE = 1e-4  # of the tokens' size: smaller differences are rounding
+_MOST_PREFIX = 16  # entries that a table may hold for prefix tokens
+
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PositionSimilarityResult(Result):
-    """Cosine similarity of each patch's position embedding with every other's.
+    """Cosine similarity of each patch's position with every other's.
 
     Args:
         similarity: (row, col, row, col), from -1 to 1.
+        after_layers: The layers that the tokens of a constant image had passed; None for a table of position embeddings.
     """
 
     similarity: Float[np.ndarray, "row col row col"]
+    after_layers: int | None = None
 
     def to_dataframe(self, rows: Sequence[int] | None = None, cols: Sequence[int] | None = None) -> pd.DataFrame:
         """One row a pair of patches: row, col, other_row, other_col, similarity; row and col among those given, if any are."""
@@ -55,55 +64,118 @@ class PositionSimilarityResult(Result):
             }
         )
 
+    @property
+    def title(self) -> str:
+        """What the figure is called."""
+        if self.after_layers is None:
+            return "Position embedding similarity"
+        return f"Position similarity after {self.after_layers} layer{'' if self.after_layers == 1 else 's'}"
+
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """A tile for each patch (evenly spaced ones of a large grid) that shows its similarity to all patches."""
         from vit_probe.plots import plot_position_similarity
 
-        return plot_position_similarity(self.similarity, ax=ax)
+        return plot_position_similarity(self.similarity, title=self.title, ax=ax)
 
 
-def position_similarity(model: nn.Module) -> PositionSimilarityResult:
-    """Cosine similarity of the position embeddings of all pairs of patches, at the model's native grid.
+def position_similarity(
+    model: nn.Module, *, after_layers: int | None = None, image_size: int | tuple[int, int] | None = None
+) -> PositionSimilarityResult:
+    """Cosine similarity of the positions of all pairs of patches.
 
-    Entries of prefix tokens are left out. A sine-cosine table is a table like a learned one.
+    Of a model with a table of absolute position embeddings (learned or sine-cosine), these are the table's entries at its
+    native grid, entries of prefix tokens left out.
+
+    Of any other (rotary or relative positions), and of every model with `after_layers`, they are the tokens that a constant
+    image leaves behind. Its patches all look alike, so that whatever tells two tokens apart is position. The image is zero
+    after standardisation, the mean colour. The patch tokens that have passed the first `after_layers` layers are centred
+    (their mean over the patches is subtracted: what they share says nothing of position) and then compared. With 0 layers
+    they are what enters the first layer: the table's entries, centred, where a table is added to the patches.
 
     Args:
-        model: A model with a table of absolute position embeddings: our own, or one of timm, transformers or torchvision.
+        model: Our own, or any other; without a table, its attention must go through `scaled_dot_product_attention`.
+        after_layers: How many layers the tokens have passed; if None, the table, or half of the layers (rounded up) where
+            there is none.
+        image_size: Height and width, or one side, of the constant image; the model's native size if None.
 
     Raises:
-        InputError: If the model holds no such table, or its grid cannot be told.
+        InputError: If there is no table and no native size, fewer layers, or the tokens of a constant image are all alike
+            (rotary or relative positions without any prefix token or padding leave no trace on it).
 
     References:
-        Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (centre), figure 10 and appendix D.4.
+        Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (centre), figure 10 and appendix D.4, for the table.
     """
-    table, rows, cols = _position_table(model)
-    vectors = table.detach().double().cpu().numpy()
+    if after_layers is None and image_size is None and (found := _position_table(model)) is not None:
+        table, rows, cols = found
+        vectors = table.detach().double().cpu().numpy()
+    else:
+        tokens, grid, after_layers = _constant_image_tokens(model, after_layers, image_size)
+        rows, cols = grid.rows, grid.cols
+        vectors = tokens - tokens.mean(axis=0)
+        if np.abs(vectors).max() <= _ALIKE * np.abs(tokens).max():
+            raise InputError(
+                f"the tokens of a constant image are all alike after {after_layers} layers of {type(model).__name__}; "
+                + (
+                    "positions come in later: raise after_layers"
+                    if after_layers == 0
+                    else "its positions leave no trace on them"
+                )
+            )
     check_finite(vectors, "position embeddings")
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     similarity = np.clip(vectors @ vectors.T, -1, 1).astype(np.float32).reshape(rows, cols, rows, cols)
-    provenance: dict[str, Any] = {"model": model_provenance(model), "options": {}, "versions": software_versions()}
-    return PositionSimilarityResult(similarity=similarity, provenance=provenance | {"grid": {"rows": rows, "cols": cols}})
+    provenance: dict[str, Any] = {
+        "model": model_provenance(model),
+        "grid": {"rows": rows, "cols": cols},
+        "options": {"after_layers": after_layers, "image_size": image_size},
+        "versions": software_versions(),
+    }
+    return PositionSimilarityResult(similarity=similarity, after_layers=after_layers, provenance=provenance)
 
 
-def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, int]:
-    """The entries of the patches, with rows and columns of their grid."""
+def _constant_image_tokens(
+    model: nn.Module, after_layers: int | None, image_size: int | tuple[int, int] | None
+) -> tuple[Float[np.ndarray, "patch dim"], TokenGrid, int]:
+    """The patch tokens of a constant image after some layers, their grid, and how many layers that is."""
+    size = _native_size(model) if image_size is None else image_size
+    if size is None:
+        raise InputError(
+            f"{type(model).__name__} has no table of position embeddings and names no image size; pass image_size= for the "
+            "constant image to be shown to it"
+        )
+    height, width = as_pair(size, "image_size")
+    found = survey(model, height, width)
+    depth = len(found.layers)
+    after_layers = (depth + 1) // 2 if after_layers is None else after_layers
+    if not 0 <= after_layers <= depth:
+        raise InputError(f"after_layers must be from 0 to {depth}, the layers of {type(model).__name__}; got {after_layers}")
+    tokens, grid = patch_tokens(model, torch.zeros(1, 3, height, width), found, after_layers)
+    return tokens[0].double().cpu().numpy(), grid, after_layers
+
+
+def _native_size(model: nn.Module) -> Any:
+    """The size of the images that the model is made for, where it says so."""
+    preprocessing = getattr(model, "preprocessing", None)
+    places = (model, "config", "image_size"), (model, "patch_embed", "img_size")
+    sizes = [getattr(getattr(owner, part, None), name, None) for owner, part, name in places]
+    return next((s for s in (*sizes, getattr(model, "image_size", None), getattr(preprocessing, "size", None)) if s), None)
+
+
+def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, int] | None:
+    """The entries of the patches, with rows and columns of their grid; None if there is no such table."""
     if callable(table := getattr(model, "position_table", None)):  # our own
-        if (own := table()) is None:
-            raise InputError("this model has no position embedding (position='none'); there is nothing to compare")
-        return cast(tuple[Tensor, int, int], own)
+        return cast("tuple[Tensor, int, int] | None", table())
     names = ("pos_embed", "position_embeddings", "pos_embedding", "position_embedding.weight", "positional_embedding")
     tables = [parameter for name, parameter in model.named_parameters() if name.endswith(names)]
-    size = getattr(getattr(model, "config", model), "image_size", None) or getattr(
-        getattr(model, "patch_embed", None), "img_size", None
-    )
+    size = _native_size(model)
     if not tables or size is None:
-        raise InputError(
-            f"{type(model).__name__} holds no table of absolute position embeddings (models with rotary or relative positions "
-            "do not); measure how position shows in attention instead, with mean_attention_distance"
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    grid = find_token_grid(model, height, width)
+        return None
+    patch_size = read_patch_size(model)
+    rows, cols = (length // patch for length, patch in zip(as_pair(size, "image_size"), patch_size, strict=True))
     table = tables[0].reshape(-1, tables[0].shape[-1])
-    if not 0 <= len(table) - grid.num_patches <= grid.num_prefix_tokens:
-        raise InputError(f"the position table of {type(model).__name__} has {len(table)} entries, which does not fit {grid}")
-    return table[len(table) - grid.num_patches :], grid.rows, grid.cols
+    if not 0 <= len(table) - rows * cols <= _MOST_PREFIX:
+        raise InputError(
+            f"the position table of {type(model).__name__} has {len(table)} entries, which does not fit {rows} x {cols} "
+            "patches; pass image_size= (and after_layers=) to compare the tokens of a constant image instead"
+        )
+    return table[len(table) - rows * cols :], rows, cols

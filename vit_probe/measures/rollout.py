@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
-from vit_probe.hooks import AttentionTile
+from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
 from vit_probe.results import Result, check_finite
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
+from vit_probe.tiles import AttentionTile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +111,7 @@ def attention_rollout(
     run = AttentionRun(
         model, images, grid=grid, preprocessing=preprocessing, batch_size=batch_size, device=device, keep_images=SHOWN_IMAGES
     )
-    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio)
+    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
     run.observe(measure)
     provenance = run.provenance(measure.options)
     return measure.compute(provenance, names=run.images.names, images=run.images.kept())
@@ -120,13 +121,34 @@ class AttentionRollout:
     """The streaming measure behind `attention_rollout`; an observer for `attention_hooks`.
 
     Holds one token x token matrix for each image of a batch.
+
+    Args:
+        grid: Where the patches lie.
+        head_fusion: See `attention_rollout`.
+        discard_ratio: See `attention_rollout`.
+        windows: The layers whose attention is not over all the tokens of `grid`, for which there is no rollout.
+
+    Raises:
+        InputError: If an option is unknown, or there are such layers.
     """
 
-    def __init__(self, grid: TokenGrid, *, head_fusion: HeadFusion = "mean", discard_ratio: float = 0.0) -> None:
+    def __init__(
+        self,
+        grid: TokenGrid,
+        *,
+        head_fusion: HeadFusion = "mean",
+        discard_ratio: float = 0.0,
+        windows: Mapping[int, Windows] | None = None,
+    ) -> None:
         if head_fusion not in get_args(HeadFusion):
             raise InputError(f"head_fusion must be one of {', '.join(get_args(HeadFusion))}; got {head_fusion!r}")
         if not 0 <= discard_ratio < 1:
             raise InputError(f"discard_ratio must lie in [0, 1), got {discard_ratio}")
+        if windows:
+            raise InputError(
+                f"rollout follows attention over all tokens from layer to layer, but {len(windows)} layers of this model (the "
+                f"first is layer {min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
+            )
         self.grid = grid
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio

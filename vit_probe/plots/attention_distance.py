@@ -73,9 +73,13 @@ def plot_attention_distance(frame: pd.DataFrame, *, ax: Axes | None = None, spre
             linewidths=0.4,
             zorder=3,
         )
-        axes.axhline(uniform, label="uniform attention", **_LINE)  # type: ignore[arg-type]
+        if uniform.nunique() == 1:
+            axes.axhline(uniform.iloc[0], label="uniform attention", **_LINE)  # type: ignore[arg-type]
+        else:  # attention within windows: what uniform attention reaches differs by layer
+            edges = np.append(uniform.index - 0.5, uniform.index[-1] + 0.5)
+            axes.stairs(uniform, edges, baseline=None, label="uniform attention", **_LINE)  # type: ignore[arg-type]
         _whole_numbers(axes, layer.min() - 0.6, layer.max() + 0.6)
-        highest = float(np.nanmax([*(distance + std if spread else distance), uniform]))
+        highest = float(np.nanmax([*(distance + std if spread else distance), *uniform]))
         axes.set_xlabel("Network depth (layer)")
         axes.set_ylabel("Mean attention distance (pixels)")
         axes.set_ylim(0, (highest or 1.0) * max(_LEGEND_BAND, _above_marks(axes, _fitting_legend(axes))))
@@ -108,13 +112,14 @@ def plot_sorted_heads(frame: pd.DataFrame, *, layers: Sequence[int] | None = Non
         raise InputError(f"layers {chosen} were asked for, but there are layers {known[0]} to {known[-1]}; name some of those")
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.88, len(chosen)))
     with drawing_axes(ax, figure_size("icml", 0.72)) as axes:
-        highest, most = uniform, 1
+        highest, most = float(uniform[chosen].max()), 1
         for index, layer in enumerate(chosen):
             distances = np.sort(frame.loc[frame["layer"] == layer, "distance"].to_numpy(dtype=float))
             highest, most = float(np.nanmax([*distances, highest])), max(most, len(distances))
             marker = _MARKERS[index % len(_MARKERS)]
             axes.plot(distances, color=colours[index], marker=marker, markersize=3.5, label=f"layer {layer}")
-        axes.axhline(uniform, label="uniform", **_LINE)  # type: ignore[arg-type]
+        for index, value in enumerate(dict.fromkeys(uniform[chosen])):
+            axes.axhline(value, label="_" if index else "uniform", **_LINE)  # type: ignore[arg-type]
         axes.set_ylim(0, (highest or 1.0) * 1.05)
         _whole_numbers(axes, -0.4, most - 0.6)
         axes.set_xlabel("Sorted attention heads")
@@ -163,8 +168,8 @@ def _mass_bar(axes: Axes, dots: ScalarMappable) -> None:
     bar.set_label("Attention on patches", labelpad=-3)
 
 
-def _uniform_distance(frame: pd.DataFrame) -> float:
-    """The distance of uniform attention, once the frame is seen to be one that can be drawn."""
+def _uniform_distance(frame: pd.DataFrame) -> pd.Series[float]:
+    """The distance of uniform attention in each layer, once the frame is seen to be one that can be drawn."""
     missing = [name for name in _COLUMNS if name not in frame.columns]
     if missing:
         raise InputError(
@@ -173,10 +178,12 @@ def _uniform_distance(frame: pd.DataFrame) -> float:
         )
     if frame.empty:
         raise InputError("the table of attention distances has no rows; measure at least one head")
-    uniform = frame["uniform_distance"].to_numpy(dtype=float)
-    if not np.allclose(uniform, uniform[0]):
+    uniform = frame.groupby("layer")["uniform_distance"].agg(["min", "max"]).astype(float)
+    if not np.allclose(uniform["min"], uniform["max"]):
+        layer = int(np.argmax(uniform["max"] - uniform["min"]))
+        lowest, highest = uniform.iloc[layer]
         raise InputError(
-            f"the rows belong to grids whose uniform attention has distances from {uniform.min():.6g} to {uniform.max():.6g}; "
+            f"the rows of a layer belong to grids whose uniform attention has distances from {lowest:.6g} to {highest:.6g}; "
             "draw one grid at a time"
         )
-    return float(uniform[0])
+    return uniform["min"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vit_probe.plots.attention_distance import plot_attention_distance
 from vit_probe.plots.mosaic import bare
 from vit_probe.plots.patch_filters import plot_patch_filters
-from vit_probe.plots.position_similarity import plot_position_similarity
+from vit_probe.plots.position_similarity import TITLE, plot_position_similarity
 from vit_probe.plots.style import WIDTHS, style
 
 __all__ = ["plot_figure7"]
@@ -21,15 +21,21 @@ _TITLE_POINTS = 8  # as large as the labels: a third of a page holds no more
 
 
 def plot_figure7(
-    filters: NDArray[Any], similarity: NDArray[Any] | None, frame: pd.DataFrame, *, figure: Figure | None = None
+    filters: NDArray[Any],
+    similarity: NDArray[Any] | None,
+    frame: pd.DataFrame,
+    *,
+    similarity_title: str = TITLE,
+    figure: Figure | None = None,
 ) -> Figure:
     """Draw patch filters, position similarity and attention distance side by side.
 
     Args:
         filters: (filter, channel, row, col), as for `plot_patch_filters`.
-        similarity: (row, col, row, col), as for `plot_position_similarity`; None for a model without a position
-            table (rotary embeddings, or none), whose panel then says so.
+        similarity: (row, col, row, col), as for `plot_position_similarity`; None for a model that has none, whose panel then
+            says so.
         frame: One row a head, as for `plot_attention_distance`.
+        similarity_title: Above the panel of the similarity.
         figure: Where to draw; a new one of a page's width (6.75 inches) if None.
 
     Returns:
@@ -45,7 +51,7 @@ def plot_figure7(
         with style():
             figure = Figure(figsize=(WIDTHS["icml-page"], _HEIGHT))
             figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.03)
-            return plot_figure7(filters, similarity, frame, figure=figure)
+            return plot_figure7(filters, similarity, frame, similarity_title=similarity_title, figure=figure)
     left, centre, right = figure.subplots(1, 3, width_ratios=(1.12, 1.06, 1.1))
     components = "principal component" if len(filters) == 1 else f"{len(filters)} principal components"
     plot_patch_filters(filters, title=f"RGB embedding filters\n(first {components})", ax=left)
@@ -53,10 +59,10 @@ def plot_figure7(
         bare(centre)
         centre.set_facecolor("#F3F3F3")
         centre.set_box_aspect(1)
-        centre.set_title("Position embedding similarity")
-        centre.text(0.5, 0.5, "This model has no table\nof position embeddings.", ha="center", va="center")
+        centre.set_title(similarity_title)
+        centre.text(0.5, 0.5, "Positions of this model\ncannot be compared.", ha="center", va="center")
     else:
-        plot_position_similarity(similarity, ax=centre)
+        plot_position_similarity(similarity, title=similarity_title, ax=centre)
     plot_attention_distance(frame, ax=right)
     for panel in (left, centre):
         panel.title.set_fontsize(_TITLE_POINTS)

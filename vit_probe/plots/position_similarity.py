@@ -14,8 +14,9 @@ from vit_probe.errors import InputError
 from vit_probe.plots.mosaic import bar_axes, centres, inches_per_pixel, mosaic
 from vit_probe.plots.style import WIDTHS, drawing_axes
 
-__all__ = ["plot_position_similarity", "shown_patches"]
+__all__ = ["TITLE", "plot_position_similarity", "shown_patches"]
 
+TITLE = "Position embedding similarity"
 _ALL_SHOWN = 14  # patches a side, up to which every one has its tile
 _MOST_TILES = 8
 _MARGINS = (0.48, 0.42, 0.58, 0.26)  # left, bottom, right, top of the picture, in inches
@@ -27,9 +28,14 @@ _TOLERANCE = 1e-3
 
 
 def plot_position_similarity(
-    similarity: NDArray[Any], *, tiles: int | None = None, colorbar: bool = True, ax: Axes | None = None
+    similarity: NDArray[Any],
+    *,
+    tiles: int | None = None,
+    title: str = TITLE,
+    colorbar: bool = True,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Draw one tile a patch: its cosine similarity with the position embedding of every patch.
+    """Draw one tile a patch: its cosine similarity with the position of every patch.
 
     A side of more than 14 patches is shown at evenly spaced ones, first and last included. Ticks give the row and
     column of the tile's own patch, counted from 1 as in the paper.
@@ -37,6 +43,7 @@ def plot_position_similarity(
     Args:
         similarity: (row, col, row, col), values in [-1, 1]; the grid need not be square.
         tiles: At most so many tiles a side; if None, all up to 14, else 6 to 8, whichever spaces them most evenly.
+        title: Above the tiles.
         colorbar: Whether to add the colour bar, beside the axes.
         ax: Where to draw; a new figure of a column's width if None.
 
@@ -77,7 +84,7 @@ def plot_position_similarity(
         axes.set_xticks(*_ticks(cols, values.shape[3], gap, math.ceil(0.19 / pitch[1])))
         axes.set_xlabel("Input patch column")
         axes.set_ylabel("Input patch row")
-        axes.set_title("Position embedding similarity")
+        axes.set_title(title)
         if colorbar:
             place = bar_axes(axes, picture.shape[1] * scale, picture.shape[0] * scale)
             bar = axes.figure.colorbar(image, cax=place, ticks=[-1, 1])

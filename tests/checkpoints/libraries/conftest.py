@@ -1,0 +1,36 @@
+"""A hub's cache to put folders into, and photographs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """Lays a folder out as the cache of the hub's client does; the hub itself is at an address that nothing answers."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    def lay_out(repository: str, folder: Path) -> None:
+        root = cache / f"models--{repository.replace('/', '--')}"
+        shutil.copytree(folder, root / "snapshots" / COMMIT)
+        (root / "refs").mkdir()
+        (root / "refs/main").write_text(COMMIT)
+
+    return lay_out
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Image.Image:
+    """480 x 320 pixels: margins of the crops below are even numbers of pixels."""
+    return Image.fromarray(load_sample_image("china.jpg")).crop((40, 60, 520, 380))

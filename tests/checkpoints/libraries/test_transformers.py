@@ -1,0 +1,327 @@
+"""transformers' own models where `VisionTransformer` does not cover them, against what transformers itself builds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints.parity import assert_same, images, randomize
+from vit_probe.checkpoints import load_model
+from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.images import IMAGENET_MEAN, Preprocessing
+from vit_probe.vit import VisionTransformer
+
+transformers = pytest.importorskip("transformers")
+
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+VISION = TINY | {"image_size": 48, "patch_size": 8}
+TEXT = TINY | {"vocab_size": 50, "max_position_embeddings": 16}
+TOWERS = {"vision_config": VISION, "text_config": TEXT}
+SIGLIP = {"vision_config": VISION, "text_config": TEXT | {"projection_size": 32}}
+SQUARE = {"size": {"height": 48, "width": 48}}
+CROPPED = {"size": {"shortest_edge": 60}, "crop_size": {"height": 48, "width": 48}}
+
+# The saved model, its configuration, its image processor; what is loaded, and which part of the saved model that is.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, dict[str, Any]], str, str]] = {
+    "CLIP": ("CLIPModel", "CLIPConfig", TOWERS, ("CLIPImageProcessor", CROPPED), "CLIPVisionModel", "vision_model"),
+    "CLIP's image tower": (
+        "CLIPVisionModel", "CLIPVisionConfig", VISION, ("CLIPImageProcessor", CROPPED), "CLIPVisionModel", ""
+    ),
+    "CLIP's image tower with a projection": (
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", VISION, ("CLIPImageProcessor", CROPPED), "CLIPVisionModel",
+        "vision_model"
+    ),
+    "SigLIP": ("SiglipModel", "SiglipConfig", SIGLIP, ("SiglipImageProcessor", SQUARE), "SiglipVisionModel", "vision_model"),
+    "SigLIP's image tower": (
+        "SiglipVisionModel", "SiglipVisionConfig", VISION, ("SiglipImageProcessor", SQUARE), "SiglipVisionModel", ""
+    ),
+    "DINOv3": (
+        "DINOv3ViTModel", "DINOv3ViTConfig", VISION | {"num_register_tokens": 3}, ("DINOv3ViTImageProcessor", SQUARE),
+        "DINOv3ViTModel", ""
+    ),
+    "BEiT with a head": (
+        "BeitForImageClassification", "BeitConfig", VISION | {"use_relative_position_bias": True, "num_labels": 5},
+        ("BeitImageProcessor", SQUARE | {"do_center_crop": False}), "BeitModel", "beit"
+    ),
+    "I-JEPA": ("IJepaModel", "IJepaConfig", VISION, ("ViTImageProcessor", SQUARE), "IJepaModel", ""),
+    "Swin": (
+        "SwinForImageClassification", "SwinConfig",
+        {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        ("ViTImageProcessor", {"size": {"height": 64, "width": 64}}), "SwinModel", "swin"
+    ),
+    "ViT with another GELU": (
+        "ViTForImageClassification", "ViTConfig", VISION | {"hidden_act": "gelu_new"}, ("ViTImageProcessor", SQUARE),
+        "ViTModel", "vit"
+    ),
+}  # fmt: skip
+
+
+def _save(family: str, folder: Path) -> tuple[Any, Any]:
+    """The model and the image processor, which lie in the folder afterwards."""
+    model_class, config_class, arguments, (processor_class, settings), _, _ = FAMILIES[family]
+    model = randomize(getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments)))
+    processor = getattr(transformers, processor_class)(**settings)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_own_model_with_its_weights_and_preprocessing(
+    family: str, tmp_path: Path, photograph: Image.Image
+) -> None:
+    saved, processor = _save(family, tmp_path / "mine")
+    *_, loaded_class, part = FAMILIES[family]
+    theirs = saved.get_submodule(part)
+    ours = load_model(tmp_path / "mine")
+    assert type(ours) is getattr(transformers, loaded_class)
+    assert (ours.name, ours.training, ours.dtype) == ("mine", False, torch.float32)
+    pixels = processor(photograph, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        assert_same(ours(pixels).last_hidden_state, theirs(pixels).last_hidden_state, tolerance=1e-6)
+    prepared = ours.preprocessing(photograph)
+    assert prepared.shape == pixels[0].shape
+    # transformers resizes tensors, here it is images: one grey level of 255 apart here and there, and a few at the edges of
+    # values that a bicubic filter drives beyond 0 or 255, which DINOv3's processor leaves there.
+    assert (prepared - pixels[0]).abs().mean() < 0.5 / 255 / min(ours.preprocessing.std)
+    limit = 30 if family == "DINOv3" else 3
+    assert (prepared - pixels[0]).abs().max() < limit / 255 / min(ours.preprocessing.std)
+
+
+def test_from_the_hubs_cache_in_half_precision(put: Callable[[str, Path], None], tmp_path: Path) -> None:
+    saved, _ = _save("CLIP", tmp_path / "saved")
+    saved.half().save_pretrained(tmp_path / "saved")
+    put("someone/clip", tmp_path / "saved")
+    ours = load_model("hf:someone/clip")
+    assert (type(ours).__name__, ours.name) == ("CLIPVisionModel", "hf:someone/clip")
+    with torch.no_grad():
+        expected = saved.float().vision_model(images(48)).last_hidden_state
+        assert_same(ours(images(48)).last_hidden_state, expected, tolerance=1e-6)
+
+
+def test_a_processor_that_was_saved_with_a_tokenizer(tmp_path: Path) -> None:
+    """transformers 5 then writes one file, with the image processor's settings inside."""
+    _save("CLIP", tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": settings, "processor_class": "CLIPProcessor"})
+    )
+    prepared = load_model(tmp_path).preprocessing
+    assert (prepared.size, prepared.resize, prepared.interpolation) == ((48, 48), 60, "bicubic")
+    assert prepared.mean == (0.48145466, 0.4578275, 0.40821073)
+
+
+def test_without_a_processor_the_usual_preprocessing_is_assumed(tmp_path: Path) -> None:
+    _save("SigLIP", tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.warns(AssumptionWarning, match="assumed and 48 x 48 pixels cut from a shorter side of 55"):
+        prepared = load_model(tmp_path).preprocessing
+    assert prepared == Preprocessing.usual((48, 48))
+
+
+def test_the_part_of_sam_that_sees_the_image(tmp_path: Path, photograph: Image.Image) -> None:
+    """Its processor fills up the frame: the photograph is resized to the whole frame instead, and that is said."""
+    small = {"hidden_size": 16, "image_size": 64, "patch_size": 8}
+    config = transformers.SamConfig(
+        vision_config=VISION | {"image_size": 64, "output_channels": 16, "mlp_dim": 48, "window_size": 4},
+        prompt_encoder_config=small,
+        mask_decoder_config={"hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    saved = randomize(transformers.SamModel(config))
+    saved.save_pretrained(tmp_path)
+    frame = {"height": 64, "width": 64}
+    transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size=frame).save_pretrained(tmp_path)
+    with pytest.warns(AssumptionWarning, match="fills the rest of the frame; here .* exactly 64 x 64 pixels instead"):
+        ours = load_model(tmp_path)
+    assert type(ours).__name__ == "SamVisionModel"
+    assert ours.preprocessing == Preprocessing((64, 64), (64, 64), mean=IMAGENET_MEAN, interpolation="bilinear")
+    prepared = ours.preprocessing(photograph)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(prepared).last_hidden_state, saved.vision_encoder(prepared).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 48}},  # cuts by a share of its own
+        {"image_processor_type": "MobileViTImageProcessor", **CROPPED},  # swaps red and blue
+        {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8},  # gives patches in place of an image
+        {"image_processor_type": "SomeImageProcessor", "auto_map": {"AutoImageProcessor": "code.SomeImageProcessor"}},
+    ],
+    ids=lambda settings: settings["image_processor_type"],
+)
+def test_a_processor_with_ways_of_its_own_is_not_translated(settings: dict[str, Any], tmp_path: Path) -> None:
+    _save("SigLIP", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text("open('ran', 'w')")
+    assert load_model(tmp_path).preprocessing is None
+    assert not Path("ran").exists()
+
+
+def test_a_processor_that_cannot_be_run_is_taken_at_its_word(tmp_path: Path) -> None:
+    _save("CLIP", tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    code = {"image_processor_type": "SomeImageProcessor", "auto_map": {"AutoImageProcessor": "code.SomeImageProcessor"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | code))
+    with pytest.warns(
+        AssumptionWarning, match=r"cannot be run here \(.*\); photographs are prepared as its configuration reads"
+    ):
+        prepared = load_model(tmp_path).preprocessing
+    assert (prepared.size, prepared.resize, prepared.interpolation) == ((48, 48), 60, "bicubic")
+
+
+def test_siglip2_takes_patches_and_has_no_preprocessing(tmp_path: Path) -> None:
+    config = transformers.Siglip2Config(
+        vision_config=TINY | {"patch_size": 8, "num_patches": 36}, text_config=TEXT | {"projection_size": 32}
+    )
+    transformers.Siglip2Model(config).save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert (type(ours).__name__, ours.preprocessing) == ("Siglip2VisionModel", None)
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_mae_is_ours_without_its_decoder(decoder: bool, tmp_path: Path) -> None:
+    """transformers' model hides patches at random and puts the others in random order; asked not to, it is the same."""
+    small = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+    config = transformers.ViTMAEConfig(**VISION, **small, decoder_intermediate_size=32, mask_ratio=0.0)
+    saved = randomize((transformers.ViTMAEForPreTraining if decoder else transformers.ViTMAEModel)(config))
+    saved.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(image_mean=[0.4] * 3, **SQUARE).save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert isinstance(ours, VisionTransformer)
+    assert ours.preprocessing is not None
+    assert (ours.preprocessing.resize, ours.preprocessing.mean) == ((48, 48), (0.4, 0.4, 0.4))
+    with torch.no_grad():
+        theirs = (saved.vit if decoder else saved)(images(48), noise=torch.arange(36.0).expand(2, -1)).last_hidden_state
+        assert_same(ours.forward_features(images(48)), theirs)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_model(tmp_path).preprocessing == Preprocessing((48, 48), (48, 48), interpolation="bilinear")
+
+
+def test_a_pooler_is_left_out_where_the_file_has_none(tmp_path: Path) -> None:
+    """As in a file of pre-training; transformers would make up a random one."""
+    config = transformers.BeitConfig(**VISION, use_absolute_position_embeddings=True, use_mask_token=True)
+    saved = randomize(transformers.BeitForMaskedImageModeling(config))
+    saved.save_pretrained(tmp_path)
+    transformers.BeitImageProcessor(**SQUARE, do_center_crop=False).save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert (type(ours).__name__, ours.pooler) == ("BeitModel", None)
+    with torch.no_grad():
+        assert_same(ours(images(48)).last_hidden_state, saved.beit(images(48)).last_hidden_state, tolerance=1e-6)
+
+
+def test_overrides_are_refused(tmp_path: Path) -> None:
+    _save("DINOv3", tmp_path)
+    message = r"holds a model of transformers's own, because for VisionTransformer its type is 'dinov3_vit'; .*"
+    with pytest.raises(InputError, match=message + "leave out num_heads, image_size$"):
+        load_model(tmp_path, num_heads=4, image_size=48)
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save("SigLIP", tmp_path / "siglip")
+    transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(tmp_path / "vit")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        InputError, match=r"siglip can be read neither .* nor by transformers \(a model of type 'siglip' needs the package "
+        r"transformers: pip install 'vit-probe\[transformers\]'\)$"
+    ):  # fmt: skip
+        load_model(tmp_path / "siglip")
+    assert isinstance(load_model(tmp_path / "vit"), VisionTransformer)
+
+
+def test_a_class_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save("SigLIP", tmp_path)
+
+    class Broken:
+        def __contains__(self, key: object) -> bool:
+            try:
+                raise RuntimeError("operator torchvision::nms does not exist")
+            except RuntimeError as error:
+                raise ModuleNotFoundError("Could not import module 'SiglipVisionModel'") from error
+
+    monkeypatch.setattr(sys.modules["transformers"], "MODEL_MAPPING", Broken())  # it replaces itself there when imported
+    with pytest.raises(
+        InputError, match=r"transformers, which is installed but cannot be imported \(operator torchvision::nms "
+    ):
+        load_model(tmp_path)
+
+
+def test_a_type_that_transformers_has_not(tmp_path: Path) -> None:
+    _save("SigLIP", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "siglop", "auto_map": code}))
+    (tmp_path / "code.py").write_text("open('ran', 'w')")
+    with pytest.raises(
+        InputError, match=r"nor by transformers \(transformers \d\S+ has no model of type 'siglop' .*similar names are .*siglip"
+    ):
+        load_model(tmp_path)
+    assert not Path("ran").exists()
+
+
+def _change(folder: Path, *, remove: str = "", **added: torch.Tensor) -> None:
+    state = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not (remove and name.startswith(remove))}
+    assert len(kept) < len(state) or not remove
+    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [("SigLIP", "vision_model.encoder."), ("I-JEPA", "encoder.layer."), ("BEiT with a head", "beit.encoder.")],
+)
+def test_parameters_that_do_not_fit_are_refused(family: str, prefix: str, tmp_path: Path) -> None:
+    _save(family, tmp_path)
+    names = [name for name in load_file(tmp_path / "model.safetensors") if name.startswith(prefix) and name.endswith("weight")]
+    *_, loaded_class, _ = FAMILIES[family]
+    shape = load_file(tmp_path / "model.safetensors")[names[0]].shape
+    _change(tmp_path, **{f"{prefix}extra.weight": torch.zeros(3)})
+    with pytest.raises(InputError, match=rf"nor by transformers \(it does not fit {loaded_class}; unexpected: .*extra\.weight"):
+        load_model(tmp_path)
+    _change(tmp_path, remove=f"{prefix}extra.weight", **{names[0]: torch.zeros(3, 3)})
+    with pytest.raises(InputError, match=rf"it does not load as {loaded_class}: .*mismatch|wrongly shaped"):
+        load_model(tmp_path)
+    _change(tmp_path, **{names[0]: torch.full(shape, torch.inf)})
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        load_model(tmp_path)
+    _change(tmp_path, remove=names[0])
+    with pytest.raises(InputError, match=rf"it does not fit {loaded_class}; missing: "):
+        load_model(tmp_path)
+
+
+def test_one_tower_alone_is_not_made_up(tmp_path: Path) -> None:
+    _save("CLIP", tmp_path)
+    _change(tmp_path, remove="vision_model.")
+    with pytest.raises(InputError, match=r"does not fit CLIPVisionModel; missing: embeddings\.class_embedding"):
+        load_model(tmp_path)
+
+
+def test_damage_is_said(tmp_path: Path) -> None:
+    _save("DINOv3", tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(InputError, match="it does not load as DINOv3ViTModel: "):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is not readable as JSON"):
+        load_model(tmp_path)
+
+
+def test_nothing_of_transformers_is_left_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logging = transformers.utils.logging
+    _save("SigLIP", tmp_path)
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    capfd.readouterr()
+    load_model(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

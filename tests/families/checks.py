@@ -1,0 +1,163 @@
+"""What holds for every family of every library. A test module parametrizes these classes with its families."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.families import literal
+from tests.families.family import Family, Size
+from tests.families.multihead import without_fast_path
+from tests.models import Assemble, output
+from tests.test_hooks import leaves_nothing
+from vit_probe import attention_hooks, mean_attention_distance
+from vit_probe.measures.attention_distance import AttentionDistance, Prefix
+from vit_probe.survey import find_token_grid, survey
+
+TOLERANCE = 1e-5
+# Largest difference of the outputs, in units of the output's largest magnitude.
+_LOOSE = {torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def hooked(model: nn.Module, images: Tensor, **options: Any) -> tuple[Tensor, Assemble, list[str], dict[str, str]]:
+    """The model's output, what was seen, and the paths of the layers and of what was skipped."""
+    seen = Assemble()
+    with attention_hooks(model, seen, **options) as hooks:
+        result = output(model(images))
+    return result, seen, hooks.layers, hooks.skipped
+
+
+def deviation(family: Family, size: Size | None = None, **options: Any) -> tuple[float, float]:
+    """Largest difference, of attention and of output, between what is seen with hooks and the library's unfused attention."""
+    model, images = family.model(size), family.images(size)
+    with torch.no_grad():
+        unfused = family.unfused(model, images, family.layers)
+        result, seen, layers, _ = hooked(model, images, **options)
+    assert tuple(layers) == family.layers
+    assert tuple(unfused.maps) == family.layers
+    maps = [np.abs(seen.layers[layer] - unfused.maps[name].numpy()).max() for layer, name in enumerate(layers)]
+    assert all(far_from_uniform(attention) for attention in unfused.maps.values())
+    assert 0.05 < unfused.output.std() < 100  # else the tolerance means nothing
+    return float(max(maps)), float((result - unfused.output).abs().max())
+
+
+def far_from_uniform(attention: Tensor) -> bool:
+    return float(attention.amax(-1).mean()) > 2 / attention.shape[-1]
+
+
+def skipped(family: Family, size: Size | None = None) -> dict[str, str]:
+    """What is expected of `skipped`, with the number of tokens filled in."""
+    return {path: reason.format(tokens=family.grid(size).num_tokens) for path, reason in family.skipped.items()}
+
+
+class FamilyChecks:
+    """Attention, output, places, distances; for one size of images, and the places for all."""
+
+    @pytest.mark.parametrize("tile_bytes", [1, 3000, 4 << 20])
+    def test_attention_and_output_are_those_of_the_librarys_unfused_attention(self, family: Family, tile_bytes: int) -> None:
+        attention, result = deviation(family, tile_bytes=tile_bytes)
+        assert attention < TOLERANCE
+        assert result < TOLERANCE
+
+    def test_output_is_that_of_the_untouched_model_and_nothing_is_left_behind(self, family: Family) -> None:
+        model, images = family.model(), family.images()
+        assert torch.backends.mha.get_fastpath_enabled()
+        with torch.no_grad():
+            untouched = output(model(images))
+            with leaves_nothing(model):
+                result, *_, passed_over = hooked(model, images, verify=True)
+        assert (result - untouched).abs().max() < TOLERANCE
+        assert passed_over == skipped(family)
+
+    def test_grid_and_windows_are_the_librarys_own(self, family: Family) -> None:
+        for size in family.sizes:
+            model = family.model(size)
+            with leaves_nothing(model):
+                found = survey(model, *size)
+            assert found.grid == family.grid(size) == find_token_grid(model, *size)
+            assert (tuple(found.layers), found.skipped) == (family.layers, skipped(family, size))
+            expected = family.windows(model, size)
+            assert sorted(found.windows) == sorted(expected)
+            for layer, windows in found.windows.items():
+                where = expected[layer]
+                assert (windows.grid.rows, windows.grid.cols) == (where.rows, where.cols)
+                assert windows.grid.patch_size == where.patch_size
+                assert windows.patches.equal(where.patches)
+                hidden = torch.zeros(*where.patches.shape, where.patches.shape[1], dtype=torch.bool)
+                assert (hidden if windows.masked is None else windows.masked).equal(
+                    hidden if where.masked is None else where.masked
+                )
+
+    @pytest.mark.parametrize("prefix", ["renormalize", "drop"])
+    def test_distance_is_that_of_the_librarys_unfused_attention(self, family: Family, prefix: Prefix) -> None:
+        size = family.sizes[0]
+        model, images = family.model(), family.images()
+        result = mean_attention_distance(model, images, prefix=prefix, batch_size=1)
+        by_tiles = AttentionDistance(family.grid(), prefix=prefix, windows=survey(model, *size).windows)
+        with torch.no_grad():
+            unfused = family.unfused(model, images, family.layers)
+            with attention_hooks(model, by_tiles, tile_bytes=3000):
+                model(images)
+        table, tiled = result.to_dataframe(), by_tiles.compute().to_dataframe()
+        assert table.attrs["skipped"] == skipped(family)
+        for layer, where in enumerate(literal.placed(family, model, size)):
+            expected = literal.attention_distance(unfused.maps[family.layers[layer]], where, prefix)
+            for frame in (table[table.layer == layer], tiled[tiled.layer == layer]):
+                assert set(frame.module) == {family.layers[layer]}
+                np.testing.assert_allclose(frame.distance, expected.distance, rtol=0, atol=1e-4)
+                np.testing.assert_allclose(frame["std"], expected.std, rtol=0, atol=1e-4)
+                np.testing.assert_allclose(frame.patch_mass, expected.patch_mass, rtol=0, atol=TOLERANCE)
+                np.testing.assert_allclose(frame.uniform_distance, expected.uniform, rtol=1e-9)
+                assert set(frame.num_windows) == {len(where.patches)}
+
+
+class PrecisionChecks:
+    """Gradients, lower precision, compiled models."""
+
+    def test_gradients_are_those_without_hooks(self, family: Family) -> None:
+        model, images = family.model(), family.images()
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def gradients() -> list[Tensor]:
+            return torch.autograd.grad(output(model(images)).sin().sum(), weights, materialize_grads=True)
+
+        untouched = gradients()
+        with attention_hooks(model, seen := Assemble()):
+            found = gradients()
+        assert sorted(seen.layers) == list(range(len(family.layers)))
+        assert sum(bool(gradient.abs().max() > 1e-3) for gradient in untouched) > 10
+        for mine, theirs in zip(found, untouched, strict=True):
+            assert (mine - theirs).abs().max() <= TOLERANCE * max(1.0, float(theirs.abs().max()))
+
+    @pytest.mark.parametrize("kind", ["autocast", "half", "bfloat16"])
+    def test_lower_precision(self, family: Family, kind: str) -> None:
+        model, images = family.model(), family.images()
+        dtype = torch.float16 if kind == "half" else torch.bfloat16
+        if kind != "autocast":
+            model, images = model.to(dtype), images.to(dtype)
+        autocast = kind == "autocast"
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            with without_fast_path() if autocast else nullcontext():  # torch's fast path ignores autocast on the CPU
+                untouched = output(model(images))
+            result, seen, *_ = hooked(model, images)
+        assert result.dtype == untouched.dtype
+        assert all(np.isfinite(attention).all() for attention in seen.layers.values())
+        assert (result - untouched).abs().max() <= _LOOSE[dtype] * untouched.abs().max()
+
+    def test_compiled_models_show_all_layers(self, family: Family) -> None:
+        model, images = family.model(), family.images()
+        with torch.no_grad():
+            _, expected, *_ = hooked(model, images)
+            compiled = torch.compile(model, backend="eager")
+            compiled(images)
+            for _ in range(2):
+                _, seen, layers, _ = hooked(compiled, images)
+                assert [name.removeprefix("_orig_mod.") for name in layers] == list(family.layers)
+                for layer, attention in expected.layers.items():
+                    np.testing.assert_allclose(seen.layers[layer], attention, rtol=0, atol=TOLERANCE)
+        torch.compiler.reset()

@@ -1,0 +1,31 @@
+"""Moments: mean and standard deviation over images, in any split and order."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vit_probe.measures.moments import Moments
+
+
+@given(
+    parts=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(lambda parts: sum(parts) > 0),
+    offset=st.sampled_from([0.0, 1e6]),
+    seed=st.integers(0, 99),
+)
+def test_any_split_gives_the_moments_of_all(parts: list[int], offset: float, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=(sum(parts), 2, 3)) + offset
+    together, start = Moments.none(2, 3), 0
+    for count in parts:
+        part = Moments.none(2, 3)
+        for row in values[start : start + count]:
+            part.merge(Moments.of(row[None]))
+        together.merge(part)
+        start += count
+    assert together.count == len(values)
+    np.testing.assert_allclose(together.mean, values.mean(axis=0), rtol=1e-12, atol=1e-12)
+    if len(values) > 1:
+        np.testing.assert_allclose(together.std(), values.std(axis=0, ddof=1), rtol=1e-6)
+    else:
+        assert np.isnan(together.std()).all()

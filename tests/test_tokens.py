@@ -1,0 +1,111 @@
+"""patch_tokens and block_path: the tokens between the layers of every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.models import FAMILIES, images, small_vit
+from tests.test_hooks import leaves_nothing
+from vit_probe import InputError
+from vit_probe.survey import survey
+from vit_probe.tokens import block_path, patch_tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_of_every_family_in_order(name: str) -> None:
+    """Replacing what the last block passes on changes the output; the blocks are called one after the other."""
+    family = FAMILIES[name]
+    model = family.model()
+    found = survey(model, *family.size)
+    paths = [block_path(model, found, layer) for layer in range(2)]
+    order: list[str] = []
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+    with torch.no_grad():
+        model(family.images(1))
+    assert order == paths
+    for layer, path in enumerate(paths):
+        assert found.layers[layer].startswith(f"{path}.")
+        assert any(isinstance(module, nn.LayerNorm) for module in model.get_submodule(path).modules())
+
+
+@pytest.mark.parametrize("name", ["ours", "timm-registers", "torchvision", "encoder"])
+@pytest.mark.parametrize("after_layers", [0, 1, 2])
+def test_tokens_are_what_the_blocks_pass_on(name: str, after_layers: int) -> None:
+    family = FAMILIES[name]
+    model, x = family.model(), family.images(2)
+    found = survey(model, *family.size)
+    passed: list[Tensor] = []
+    first = model.get_submodule(block_path(model, found, 0))
+    first.register_forward_pre_hook(lambda module, args: passed.append(args[0]))
+    for layer in range(2):
+        block = model.get_submodule(block_path(model, found, layer))
+        block.register_forward_hook(lambda module, args, output: passed.append(output))
+    with torch.no_grad():
+        model(x)
+    passed = passed[:3]
+    with leaves_nothing(model):
+        tokens, grid = patch_tokens(model, x, found, after_layers)
+    assert grid == family.grid
+    torch.testing.assert_close(tokens, passed[after_layers][:, grid.num_prefix_tokens :])
+
+
+def test_training_mode_and_gradients_are_left_alone() -> None:
+    model = small_vit(dropout=0.5).train()
+    tokens, _ = patch_tokens(model, images(), survey(model, 24, 24), 2)
+    again, _ = patch_tokens(model, images(), survey(model, 24, 24), 2)
+    assert torch.equal(tokens, again)
+    assert not tokens.requires_grad
+    assert model.training
+
+
+def test_one_layer_has_a_block_too() -> None:
+    model = small_vit(depth=1)
+    assert block_path(model, survey(model, 24, 24), 0) == "blocks.0"
+
+
+class Plain(nn.Module):
+    """No blocks: the model calls its attention itself, or one module for both layers."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 8, 8, 8)
+        self.attn = Shared()
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).flatten(2).mT[:, None]
+        return self.attn(self.attn(x)) if self.shared else F.scaled_dot_product_attention(x, x, x)
+
+
+class Shared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(("shared", "what"), [(True, "attn"), (False, "the model itself")])
+def test_layers_without_a_block_of_their_own(shared: bool, what: str) -> None:
+    model = Plain(shared=shared)
+    found = survey(model, 24, 24)
+    with pytest.raises(InputError, match=rf"layer 0 \({what}\) of Plain has no block of its own"):
+        patch_tokens(model, images(), found, 1)
+
+
+def test_blocks_that_pass_on_something_else() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.attn = nn.Conv2d(3, 8, 8, 8), Shared()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(self.patch_embed(x).flatten(2).mT[:, None])
+
+    model = Transposed()
+    found = survey(model, 24, 24)
+    with pytest.raises(
+        InputError, match=r"the block around attn passes on a tensor of shape \(3, 1, 9, 8\), which does not hold"
+    ):
+        patch_tokens(model, images(), found, 1)

@@ -1,0 +1,161 @@
+"""A model that passes nothing from token to token, so that each token tells what its own place on the image shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vit_probe.geometry import TokenGrid
+from vit_probe.routing import AttentionCall, AttentionRouter, ForwardStopped, intercepted
+
+__all__ = ["BlindModel", "Places"]
+
+_MOVED = 1e-3  # of a query's size: a query that differs by more depends on the image
+_CLEAN = 1e-2  # of the difference between blank and filled: a query that misses both by more shows a mixture
+
+
+@dataclass
+class Places:
+    """The row and the column of the patch that each token of a layer shows.
+
+    Args:
+        index: The row and the column.
+        mixed: Which tokens show a mixture of patches, so that these are the likeliest ones only.
+    """
+
+    index: Int[Tensor, "2 window token"]
+    mixed: Bool[Tensor, "window token"]
+
+    @classmethod
+    def unread(cls, shape: torch.Size) -> Places:
+        """All zero as yet."""
+        return cls(torch.zeros(2, *shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool))
+
+
+class BlindModel(AttentionRouter):
+    """Shows a model blank and filled pixels while in every attention layer each token attends to itself alone.
+
+    Args:
+        model: In evaluation mode, without gradients.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+
+    Attributes:
+        blank: By layer, a few numbers that stand for each token's query when the whole image is blank.
+        filled: The same when it is filled with noise.
+        masked: By layer with a mask and windows, which tokens of a window the mask hides from each other.
+    """
+
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.blank: dict[int, Float[Tensor, "window token 4"]] = {}
+        self.filled: dict[int, Float[Tensor, "window token 4"]] = {}
+        self.masked: dict[int, Bool[Tensor, "window query key"]] = {}
+        self._model = model
+        self._seen: dict[int, Tensor] = {}
+        convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        shape = (1, convolution.in_channels if convolution else 3, height, width)
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self._noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+
+    def look(self) -> None:
+        """Fills `blank`, from a pass through the whole model."""
+        self.blank = self.show(torch.zeros(1, *self._noise.shape[2:], dtype=torch.bool))
+
+    def look_again(self, last: int) -> None:
+        """Fills `filled` up to the layer `last`."""
+        self.filled = self.show(torch.ones(1, *self._noise.shape[2:], dtype=torch.bool), last)
+
+    def show(self, where: Bool[Tensor, "image row col"], last: int | None = None) -> dict[int, Float[Tensor, "window token 4"]]:
+        """By layer, up to the layer `last`: what stands for each query when the pixels `where` are filled, the others blank."""
+        self._seen, self.stop_after = {}, last
+        with intercepted(self._model, self), suppress(ForwardStopped):
+            self._model(self._noise * where[:, None].to(self._noise.device))
+        return self._seen
+
+    def depends(self, layer: int) -> Bool[Tensor, "window token"]:
+        """Which tokens depend on the image: the patches."""
+        size = torch.maximum(_size(self.blank[layer]), _size(self.filled[layer])).mean()
+        return self._contrast(layer) > _MOVED * size
+
+    def places(self, patch_size: tuple[int, int], merged: Mapping[int, int]) -> dict[int, Places]:
+        """Where the patch lies that each token shows, read from one image for each bit of the rows' and columns' numbers.
+
+        Args:
+            patch_size: Height and width of the patches of the first layer, in pixels.
+            merged: By layer, how often patches were merged two by two before it. Only these layers are read.
+        """
+        found = {layer: Places.unread(self.filled[layer].shape[:2]) for layer in merged}
+        for axis, (length, patch) in enumerate(zip(self._noise.shape[2:], patch_size, strict=True)):
+            number = torch.arange(length) // patch
+            for bit in range(int(number[-1]).bit_length()):
+                reached = [layer for layer, times in merged.items() if times <= bit]
+                if not reached:
+                    continue
+                stripes = (number >> bit & 1).bool()
+                where = (stripes[:, None] if axis == 0 else stripes).expand(1, *self._noise.shape[2:])
+                seen = self.show(where, max(reached))
+                for layer in reached:
+                    to_blank, to_filled = (_size(seen[layer] - known[layer]) for known in (self.blank, self.filled))
+                    found[layer].index[axis] += self.is_filled(layer, seen[layer]).long() << (bit - merged[layer])
+                    found[layer].mixed |= torch.minimum(to_blank, to_filled) > _CLEAN * self._contrast(layer)
+        return found
+
+    def patches(self, bits: Bool[Tensor, "row col"], grid: TokenGrid) -> Bool[Tensor, "1 row col"]:
+        """The pixels of those patches of `grid` whose bit is set."""
+        sides = zip(self._noise.shape[2:], grid.patch_size, bits.shape, strict=True)
+        row, col = ((torch.arange(length) // patch).clamp_max(count - 1) for length, patch, count in sides)
+        return bits[row][:, col][None]
+
+    def is_filled(self, layer: int, seen: Float[Tensor, "window token 4"]) -> Bool[Tensor, "window token"]:
+        """Which tokens show noise rather than blank."""
+        return _size(seen - self.filled[layer]) < _size(seen - self.blank[layer])
+
+    def keeps_images_apart(self) -> bool:
+        """Whether the windows of a batch come image by image, all those of the first image first."""
+        both = self.show(torch.tensor([False, True])[:, None, None].expand(2, *self._noise.shape[2:]), max(self.filled))
+        return all(
+            both[layer].shape[0] == 2 * len(blank)
+            and bool((_size(both[layer] - torch.cat([blank, filled])) <= _CLEAN * self._contrast(layer).amax()).all())
+            for layer, filled in self.filled.items()
+            for blank in [self.blank[layer]]
+        )
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Notes the queries, and answers with the values, as if each token attended to itself alone."""
+        query = call.query.transpose(1, 2).flatten(2).float()
+        random = torch.randn(query.shape[-1], 4, generator=torch.Generator().manual_seed(0)).to(query.device)
+        self._seen[call.layer] = (query @ random).double().cpu()
+        if call.mask is not None and len(query) > 1 and not self.blank:
+            self.masked[call.layer] = _hidden(call.mask, call.query.shape)
+        values = call.value
+        if call.enable_gqa:
+            values = values.repeat_interleave(call.query.shape[1] // values.shape[1], dim=1)
+        return values.expand(*call.query.shape[:3], -1).contiguous()
+
+    def pass_by(self, query: Tensor, value: Tensor, fused: Callable[[], Tensor]) -> Tensor:
+        """Answers with zeros, so that nothing comes from other sequences."""
+        return value.new_zeros(*query.shape[:-1], value.shape[-1])
+
+    def pass_weights(self, seen: tuple[Tensor, Any], unfused: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Of the output that passes nothing on, with the weights."""
+        return seen[0], unfused[1]
+
+    def _contrast(self, layer: int) -> Float[Tensor, "window token"]:
+        return _size(self.filled[layer] - self.blank[layer])
+
+
+def _hidden(mask: Tensor, shape: torch.Size) -> Bool[Tensor, "window query key"]:
+    """Which keys a mask hides from each query in every head. Additive ones of -100, which leave nothing in float32, count."""
+    hidden = ~mask if mask.dtype == torch.bool else mask < mask.amax(dim=-1, keepdim=True) - 50
+    return hidden.expand(*shape[:3], shape[2]).all(dim=1).cpu()
+
+
+def _size(vectors: Float[Tensor, "window token 4"]) -> Float[Tensor, "window token"]:
+    return vectors.norm(dim=-1)

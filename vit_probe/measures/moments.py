@@ -1,0 +1,49 @@
+"""Means and standard deviations over images that arrive in any number of parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+__all__ = ["Moments"]
+
+
+@dataclass
+class Moments:
+    """Mean over images, and the sum of squared deviations from it, of several values in float64.
+
+    References:
+        Chan et al. 1983, Algorithms for computing the sample variance: exact for any split, and stable where a sum of squares
+        would cancel.
+    """
+
+    count: int
+    mean: Float[np.ndarray, "*values"]
+    squares: Float[np.ndarray, "*values"]
+
+    @classmethod
+    def none(cls, *shape: int) -> Moments:
+        """Of no images yet."""
+        return cls(0, np.zeros(shape), np.zeros(shape))
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, "image *values"]) -> Moments:
+        """Of these images."""
+        mean = values.mean(axis=0)
+        return cls(len(values), mean, ((values - mean) ** 2).sum(axis=0))
+
+    def merge(self, other: Moments) -> None:
+        """Adds the images of `other`."""
+        total = self.count + other.count
+        if total == 0:
+            return
+        step = other.mean - self.mean
+        self.squares = self.squares + other.squares + step**2 * (self.count * other.count / total)
+        self.mean = self.mean + step * (other.count / total)
+        self.count = total
+
+    def std(self) -> Float[np.ndarray, "*values"]:
+        """Standard deviation over images (n - 1); NaN for one image."""
+        return np.sqrt(self.squares / (self.count - 1)) if self.count > 1 else np.full_like(self.squares, np.nan)
