@@ -131,7 +131,7 @@ class BlindModel(AttentionRouter):
         """Notes the queries, and answers with the values, as if each token attended to itself alone."""
         query = call.query.transpose(1, 2).flatten(2).float()
         random = torch.randn(query.shape[-1], 4, generator=torch.Generator().manual_seed(0)).to(query.device)
-        self._seen[call.layer] = (query @ random).double().cpu()
+        self._seen[call.layer] = (query @ random).cpu().double()  # MPS knows no float64
         if call.mask is not None and len(query) > 1 and not self.blank:
             self.masked[call.layer] = _hidden(call.mask, call.query.shape)
         values = call.value

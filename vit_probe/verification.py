@@ -79,9 +79,9 @@ def _compare(hooked: Any, untouched: Any, rounding: float) -> None:
             f"with hooks the model returns tensors of shapes {[tuple(t.shape) for t in mine]}, without them of "
             f"{[tuple(t.shape) for t in theirs]}"
         )
-    for one, other in zip(mine, theirs, strict=True):
+    for one, other in zip((t.detach().cpu() for t in mine), (t.cpu() for t in theirs), strict=True):
         allowed = max(rounding, _ROUNDING.get(other.dtype, 0.0))
-        difference = (one.detach().double() - other.double()).abs()
+        difference = (one.double() - other.double()).abs()
         scale = float(other.double().abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
         same = (one == other) | (one.isnan() & other.isnan()) | (difference <= allowed * scale)
         if not bool(same.all()):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+
+from vit_probe.terminal import run
 
 CLASSES = ("across", "down", "plain")
 
@@ -51,3 +55,11 @@ def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sheets(folder / "train", dict(zip(CLASSES, (90, 90, 75), strict=True)), seed=0)
     write_sheets(folder / "val", dict.fromkeys(CLASSES, 20), seed=1)
     return folder
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, app: typer.Typer, *arguments: object) -> int:
+    """The exit code of a study's command with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run(app)
+    return int(ended.value.code or 0)

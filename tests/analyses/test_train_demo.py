@@ -12,18 +12,11 @@ import pytest
 import torch
 
 from analyses.train_demo import app
+from tests.analyses.conftest import typed
 from vit_probe import load_model
-from vit_probe.terminal import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "2", "--heads", "2", "--set", "batch_size=32"]
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["train_demo", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run(app)
-    return int(ended.value.code or 0)
 
 
 def test_killed_and_gone_on_with(
@@ -43,12 +36,12 @@ def test_killed_and_gone_on_with(
         process.wait()
     assert (killed / "state.pt").exists()
     assert not (killed / "model.safetensors").exists()
-    assert typed(monkeypatch, *arguments, "--out", killed) == 0
+    assert typed(monkeypatch, app, *arguments, "--out", killed) == 0
     printed = capsys.readouterr().out
     assert "epoch   1 of 8" not in printed
     assert "epoch   8 of 8   loss" in printed
     assert "validation top-1" in printed.splitlines()[-1]
-    assert typed(monkeypatch, *arguments, "--out", whole) == 0
+    assert typed(monkeypatch, app, *arguments, "--out", whole) == 0
     assert not [path for path in killed.iterdir() if path.name.startswith(".")]
     losses = [pd.read_csv(out / "log.csv").loss for out in (killed, whole)]
     pd.testing.assert_series_equal(losses[0], losses[1], rtol=1e-3)
@@ -61,7 +54,20 @@ def test_killed_and_gone_on_with(
 @pytest.mark.parametrize("position", ["none", "learned_2d", "sincos_2d"])
 def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
-        typed(monkeypatch, sheets, *SMALL, "--set", "epochs=1", "--set", "warmup=0", "--position", position, "--out", tmp_path)
+        typed(
+            monkeypatch,
+            app,
+            sheets,
+            *SMALL,
+            "--set",
+            "epochs=1",
+            "--set",
+            "warmup=0",
+            "--position",
+            position,
+            "--out",
+            tmp_path,
+        )
         == 0
     )
     assert load_model(tmp_path / "model.safetensors").config.position == position
@@ -86,7 +92,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [str(sheets) if argument == "DATA" else argument for argument in arguments]
-    assert typed(monkeypatch, *given, "--out", tmp_path / "out") == 2
+    assert typed(monkeypatch, app, *given, "--out", tmp_path / "out") == 2
     complaint = capsys.readouterr().err
     assert message in complaint
     assert len(complaint.splitlines()) == 1

@@ -210,7 +210,7 @@ class AttentionDistance:
         # Sums over the queries of each window; an image's windows follow each other.
         which = torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
         is_patch = windows.is_patch[which].to(sums.device)
-        distances = windows.distances(which, tile.queries).to(sums.device)
+        distances = windows.distances(which, tile.queries).to(tile.probabilities.dtype).to(sums.device)
         patches = tile.probabilities * is_patch[:, None, None, :]
         sums += (_distance_and_mass(patches, distances[:, None], self.prefix) * is_patch[:, None, tile.queries]).sum(dim=-1)
 

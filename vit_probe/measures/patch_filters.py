@@ -121,5 +121,5 @@ def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFilt
 def _first_convolution(model: nn.Module) -> tuple[str, Float[np.ndarray, "filter channel row col"]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels in (1, 3):
-            return f"{name}.weight", module.weight.detach().double().cpu().numpy()
+            return f"{name}.weight", module.weight.detach().cpu().double().numpy()
     raise InputError(f"{type(model).__name__} has no convolution over 1 or 3 colour channels whose filters could be shown")

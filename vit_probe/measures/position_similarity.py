@@ -107,7 +107,7 @@ def position_similarity(
     """
     if after_layers is None and image_size is None and (found := _position_table(model)) is not None:
         table, rows, cols = found
-        vectors = table.detach().double().cpu().numpy()
+        vectors = table.detach().cpu().double().numpy()
     else:
         tokens, grid, after_layers = _constant_image_tokens(model, after_layers, image_size)
         rows, cols = grid.rows, grid.cols
@@ -150,7 +150,7 @@ def _constant_image_tokens(
     if not 0 <= after_layers <= depth:
         raise InputError(f"after_layers must be from 0 to {depth}, the layers of {type(model).__name__}; got {after_layers}")
     tokens, grid = patch_tokens(model, torch.zeros(1, 3, height, width), found, after_layers)
-    return tokens[0].double().cpu().numpy(), grid, after_layers
+    return tokens[0].cpu().double().numpy(), grid, after_layers
 
 
 def _native_size(model: nn.Module) -> Any:
