@@ -120,11 +120,11 @@ def test_names_of_class_tokens(name: str, is_one: bool) -> None:
     assert has_class_token(model) is is_one
 
 
-def test_patch_size_from_the_first_convolution_whose_stride_is_its_kernel() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 3, 1), nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, (4, 6), (4, 6)), nn.Conv2d(8, 8, 2, 2)
-    )
-    assert read_patch_size(model) == (4, 6)
+def test_patch_size_from_the_convolution_that_sees_the_image() -> None:
+    assert read_patch_size(nn.Sequential(nn.Conv2d(3, 8, (4, 6), (4, 6)), nn.Conv2d(8, 8, 2, 2))) == (4, 6)
+    for first in (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 8, 1)):
+        with pytest.raises(InputError, match=r"its first convolution is not one whose stride equals its kernel; pass grid"):
+            read_patch_size(nn.Sequential(first, nn.Conv2d(8, 8, 7, 7)))
 
 
 # Errors

@@ -545,7 +545,7 @@ def test_heads_that_cannot_be_told_from_images_are_skipped() -> None:
     assert hooks.layers == ["plain"]
     assert hooks.skipped == {
         "folded": "queries of shape (6, 7, 4) do not tell their heads from their images",
-        "grouped": "queries of shape (1, 2, 3, 7, 4) are in more than one group an image",
+        "grouped": "queries of shape (1, 2, 3, 7, 4) are in windows in a dimension of their own, which is not supported",
     }
 
 
@@ -650,13 +650,13 @@ def test_exported_models_are_seen() -> None:
     close(seen.attention(), expected_attention(model, x), 1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_traced_model_is_refused_with_the_remedy() -> None:
     model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
     with torch.no_grad():
         graph = torch.jit.trace(model, x)
     with (
-        pytest.raises(InputError, match=r"graph of torch.jit hides .* pass the module that was traced"),
+        pytest.raises(InputError, match=r"no self-attention went through .* as it was before torch.jit traced"),
         attention_hooks(graph),
     ):
         graph(x)

@@ -42,7 +42,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_there_are_three_scripts() -> None:
     assert len(SCRIPTS) == 3
-    assert [name for name in ('load_model("demo")', "dinov3", "attention_hooks") if name in "".join(SCRIPTS)]
+    for script, what in zip(SCRIPTS, ('load_model("demo")', "dinov3", "attention_hooks(model"), strict=True):
+        assert what in script
 
 
 def test_two_libraries_with_the_same_three_lines(

@@ -140,6 +140,44 @@ def test_batches_stop_early_and_change_nothing(name: str) -> None:
     assert [tile.layer for tile in seen.tiles] == [0, 1] * 5
 
 
+def test_attention_that_changes_from_batch_to_batch_is_refused() -> None:
+    class Fickle(nn.Module):
+        """Passes the images by its first layer where there are three of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.first, self.second = nn.Conv2d(3, 16, 8, 8), Layer(), Layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch_embed(x).flatten(2).mT
+            x = x if len(x) == 3 else x + self.first(x)
+            return x + self.second(x)
+
+    measure = AttentionDistance(TokenGrid(3, 3, (8, 8), 0, False))
+    run(Fickle(), images(batch=4), batch_size=2).observe(measure)
+    assert measure.compute().num_images == 4
+    with pytest.raises(
+        InputError, match=r"Fickle attends otherwise in this batch than before: its layers were \['first', 'sec"
+    ):
+        run(Fickle(), images(batch=3), batch_size=3).observe(measure)
+
+
+class Layer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+def test_positions_are_no_second_sequence() -> None:
+    """Rotary tables (head, token, dim) look like tokens where a batch has as many images as a layer has heads."""
+    import timm
+
+    sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg")
+    model = timm.create_model("vit_small_patch16_rope_mixed_224", **sizes).eval()
+    result = mean_attention_distance(model, images(32, 32, batch=5), batch_size=2, device="cpu")
+    assert result.num_images == 5
+    assert result.modules == ["blocks.0.attn", "blocks.1.attn"]
+
+
 def test_progress_is_told_the_images_of_each_batch() -> None:
     told: list[int] = []
     run(small_vit(), images(batch=5), batch_size=2).observe(Assemble(), progress=told.append)

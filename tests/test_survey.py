@@ -187,7 +187,7 @@ def test_windows_of_any_arrangement(arrange: Callable[[Tensor], Tensor]) -> None
 
 
 def test_windows_of_different_images_in_turn_are_refused() -> None:
-    with pytest.raises(InputError, match="Windowed mixes the windows of different images, which cannot be told apart"):
+    with pytest.raises(InputError, match="Windowed mixes the windows or heads of different images, which cannot be told apart"):
         survey(Windowed(_blocks, window_major=True), 16, 24)
 
 
@@ -196,6 +196,76 @@ def test_windows_that_cannot_be_placed_are_refused() -> None:
         InputError, match=r"layer 0 \(the model itself\) attends over 4 windows of 6 tokens whose places .* cannot be told"
     ):
         survey(Windowed(_blocks, mixes=True), 16, 24)
+
+
+# Attention that is hidden, or no self-attention
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["unfused", "traced"])
+def test_a_layer_that_cannot_be_seen_among_others_that_can(block: int, how: str) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2).eval()
+    if how == "unfused":
+        model.blocks[block].attn.fused_attn = False
+    else:
+        model.blocks[block] = torch.jit.trace(model.blocks[block], torch.randn(1, 17, 16))
+    match = rf"attention of 1 module.* of VisionTransformer cannot be seen \(blocks.{block}.*though that of 2 layers can"
+    with leaves_nothing(model), pytest.raises(InputError, match=match):
+        survey(model, 32, 32)
+    with pytest.raises(InputError, match=match), attention_hooks(model):
+        model(images(32, 32))
+
+
+class Core(nn.Module):
+    """Attention that is given queries, keys and values with their heads."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_keys_of_other_places_are_no_self_attention() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.core, self.other = nn.Conv2d(3, 16, 4, 4), Core(), Core()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, y = (self.patch_embed(side).flatten(2).mT[:, None] for side in (x, x.flip(2)))
+            x = x + self.core(x, x, x)
+            return x + self.other(x, y, y)
+
+    with pytest.raises(InputError, match=r"layer 1 \(other\) is no self-attention, though it has as many keys as queries"):
+        survey(Crossed(), 16, 24)
+
+
+def test_heads_before_images_are_refused() -> None:
+    class HeadsFirst(nn.Module):
+        def __init__(self, *, heads_first: bool) -> None:
+            super().__init__()
+            self.patch_embed, self.num_heads, self.heads_first = nn.Conv2d(3, 16, 4, 4), 2, heads_first
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch_embed(x).flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)  # image, head, token, dim
+            x = (x.transpose(0, 1) if self.heads_first else x).flatten(0, 1)
+            return F.scaled_dot_product_attention(x, x, x)
+
+    assert find_token_grid(HeadsFirst(heads_first=False), 16, 24) == TokenGrid(4, 6, (4, 4), 0, False)
+    with pytest.raises(InputError, match="mixes the windows or heads of different images"):
+        find_token_grid(HeadsFirst(heads_first=True), 16, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_type(dtype: torch.dtype) -> None:
+    model = small_vit()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert find_token_grid(model, 24, 24) == TokenGrid(3, 4, (8, 6), 1, True)
+    finally:
+        torch.set_default_dtype(before)
 
 
 # Errors

@@ -101,6 +101,13 @@ def test_an_output_without_tensors() -> None:
         model(*qkv())
 
 
+def test_calls_of_parts_are_not_checked_and_that_is_said() -> None:
+    model = small_vit()
+    with pytest.raises(InputError, match="only parts of it were called; call the model itself"):  # noqa: SIM117
+        with attention_hooks(model, verify=True):
+            model.forward_features(images())
+
+
 def test_calls_that_end_early_are_not_checked() -> None:
     model = small_vit()
     with leaves_nothing(model), attention_hooks(model, verify=True) as hooks:

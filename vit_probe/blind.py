@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vit_probe.geometry import TokenGrid
+from vit_probe.geometry import TokenGrid, first_parameter, input_channels
 from vit_probe.routing import AttentionCall, AttentionRouter, ForwardStopped, intercepted
 
 __all__ = ["BlindModel", "Places"]
 
+_QUERY, _KEY = slice(0, 4), slice(4, 8)
 _MOVED = 1e-3  # of a query's size: a query that differs by more depends on the image
 _CLEAN = 1e-2  # of the difference between blank and filled: a query that misses both by more shows a mixture
 
@@ -47,22 +48,21 @@ class BlindModel(AttentionRouter):
         width: Of the images, in pixels.
 
     Attributes:
-        blank: By layer, a few numbers that stand for each token's query when the whole image is blank.
+        blank: By layer, a few numbers that stand for each token's query, and for its key, when the whole image is blank.
         filled: The same when it is filled with noise.
         masked: By layer with a mask and windows, which tokens of a window the mask hides from each other.
     """
 
     def __init__(self, model: nn.Module, height: int, width: int) -> None:
         super().__init__()
-        self.blank: dict[int, Float[Tensor, "window token 4"]] = {}
-        self.filled: dict[int, Float[Tensor, "window token 4"]] = {}
+        self.blank: dict[int, Float[Tensor, "window token 8"]] = {}
+        self.filled: dict[int, Float[Tensor, "window token 8"]] = {}
         self.masked: dict[int, Bool[Tensor, "window query key"]] = {}
         self._model = model
         self._seen: dict[int, Tensor] = {}
-        convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        shape = (1, convolution.in_channels if convolution else 3, height, width)
-        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        self._noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        shape = (1, input_channels(model), height, width)
+        generator = torch.Generator().manual_seed(0)
+        self._noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(first_parameter(model))
 
     def look(self) -> None:
         """Fills `blank`, from a pass through the whole model."""
@@ -72,8 +72,8 @@ class BlindModel(AttentionRouter):
         """Fills `filled` up to the layer `last`."""
         self.filled = self.show(torch.ones(1, *self._noise.shape[2:], dtype=torch.bool), last)
 
-    def show(self, where: Bool[Tensor, "image row col"], last: int | None = None) -> dict[int, Float[Tensor, "window token 4"]]:
-        """By layer, up to the layer `last`: what stands for each query when the pixels `where` are filled, the others blank."""
+    def show(self, where: Bool[Tensor, "image row col"], last: int | None = None) -> dict[int, Float[Tensor, "window token 8"]]:
+        """By layer, up to the layer `last`: what stands for queries and keys when these pixels are filled, the others blank."""
         self._seen, self.stop_after = {}, last
         with intercepted(self._model, self), suppress(ForwardStopped):
             self._model(self._noise * where[:, None].to(self._noise.device))
@@ -113,26 +113,30 @@ class BlindModel(AttentionRouter):
         row, col = ((torch.arange(length) // patch).clamp_max(count - 1) for length, patch, count in sides)
         return bits[row][:, col][None]
 
-    def is_filled(self, layer: int, seen: Float[Tensor, "window token 4"]) -> Bool[Tensor, "window token"]:
-        """Which tokens show noise rather than blank."""
-        return _size(seen - self.filled[layer]) < _size(seen - self.blank[layer])
+    def is_filled(
+        self, layer: int, seen: Float[Tensor, "window token 8"], part: slice = _QUERY
+    ) -> Bool[Tensor, "window token"]:
+        """Which tokens' queries (or keys) show noise rather than blank."""
+        return _size(seen - self.filled[layer], part) < _size(seen - self.blank[layer], part)
 
-    def keeps_images_apart(self) -> bool:
-        """Whether the windows of a batch come image by image, all those of the first image first."""
-        both = self.show(torch.tensor([False, True])[:, None, None].expand(2, *self._noise.shape[2:]), max(self.filled))
-        return all(
-            both[layer].shape[0] == 2 * len(blank)
-            and bool((_size(both[layer] - torch.cat([blank, filled])) <= _CLEAN * self._contrast(layer).amax()).all())
-            for layer, filled in self.filled.items()
-            for blank in [self.blank[layer]]
-        )
+    def keys_agree(self, layer: int, seen: Float[Tensor, "window token 8"]) -> bool:
+        """Whether each patch's key shows what its query shows, as in self-attention."""
+        agree = self.is_filled(layer, seen, _KEY) == self.is_filled(layer, seen)
+        return bool(agree[self.depends(layer)].all())
+
+    def keeps_images_apart(self, last: int) -> bool:
+        """Whether the windows and heads of a batch come image by image, all those of the first image first."""
+        both = self.show(torch.tensor([False, True])[:, None, None].expand(2, *self._noise.shape[2:]), last)
+        for layer, seen in both.items():
+            alone = torch.cat([self.blank[layer], self.filled[layer]])
+            if seen.shape != alone.shape or bool((_size(seen - alone) > _CLEAN * self._contrast(layer).amax()).any()):
+                return False
+        return True
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Notes the queries, and answers with the values, as if each token attended to itself alone."""
-        query = call.query.transpose(1, 2).flatten(2).float()
-        random = torch.randn(query.shape[-1], 4, generator=torch.Generator().manual_seed(0)).to(query.device)
-        self._seen[call.layer] = (query @ random).cpu().double()  # MPS knows no float64
-        if call.mask is not None and len(query) > 1 and not self.blank:
+        self._seen[call.layer] = torch.cat([_signature(call.query), _signature(call.key)], dim=-1)
+        if call.mask is not None and len(call.query) > 1 and not self.blank:
             self.masked[call.layer] = _hidden(call.mask, call.query.shape)
         values = call.value
         if call.enable_gqa:
@@ -157,5 +161,13 @@ def _hidden(mask: Tensor, shape: torch.Size) -> Bool[Tensor, "window query key"]
     return hidden.expand(*shape[:3], shape[2]).all(dim=1).cpu()
 
 
-def _size(vectors: Float[Tensor, "window token 4"]) -> Float[Tensor, "window token"]:
-    return vectors.norm(dim=-1)
+def _signature(vectors: Float[Tensor, "window head token dim"]) -> Float[Tensor, "window token 4"]:
+    """A few numbers that stand for each token's vectors in all heads."""
+    together = vectors.transpose(1, 2).flatten(2).float()
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(together.shape[-1], 4, generator=generator, dtype=torch.float32).to(together.device)
+    return (together @ random).cpu().double()  # MPS knows no float64
+
+
+def _size(vectors: Float[Tensor, "window token 8"], part: slice = _QUERY) -> Float[Tensor, "window token"]:
+    return vectors[..., part].norm(dim=-1)

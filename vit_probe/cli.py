@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -63,6 +63,7 @@ Fusion = Annotated[
 Discard = Annotated[float, typer.Option(help="Part of each layer's smallest entries set to zero, in [0, 1).")]
 Count = Annotated[int, typer.Option(min=1, help="Images to draw; the numbers of all are written.")]
 _OUT = Path("figures-out")
+Made = TypeVar("Made")
 
 
 @app.command()
@@ -85,30 +86,25 @@ def figures(
     from vit_probe.output import write_analysis, write_figure7, write_run
 
     run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
-    filters = patch_filters(loaded)
-    try:
-        positions = position_similarity(loaded)
-    except InputError as error:
-        terminal.complain(f"note: position similarity is left out: {error}")
-        positions = None
+    filters = _if_possible("patch filters are", lambda: patch_filters(loaded))
+    positions = _if_possible("position similarity is", lambda: position_similarity(loaded))
     distance = AttentionDistance(run.grid, windows=run.windows)
-    try:
-        rollout = AttentionRollout(run.grid, windows=run.windows)
-    except InputError as error:
-        terminal.complain(f"note: rollout is left out: {error}")
-        rollout = None
+    rollout = _if_possible("rollout is", lambda: AttentionRollout(run.grid, windows=run.windows))
     _observe(run, *(measure for measure in (distance, rollout) if measure is not None))
     far = distance.compute(run.provenance(distance.options))
     files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
-    files += write_analysis(filters, filters.plot(), folder, "patch_filters", formats)
+    options = distance.options | {"limit": limit, "batch_size": batch_size}
+    if filters is not None:
+        options["components"] = len(filters.filters)
+        files += write_analysis(filters, filters.plot(), folder, "patch_filters", formats)
     if positions is not None:
         files += write_analysis(positions, positions.plot(), folder, "position_similarity", formats)
-    options = distance.options | {"components": len(filters.filters), "limit": limit, "batch_size": batch_size}
     if rollout is not None:
         options |= rollout.options
         rolled = rollout.compute(run.provenance(rollout.options), names=run.images.names, images=run.images.kept())
         files += write_analysis(rolled, rolled.plot(), folder, "rollout", formats)
-    files += write_figure7(filters, positions, far, folder, formats)
+    if filters is not None:
+        files += write_figure7(filters, positions, far, folder, formats)
     files.append(write_run(far.provenance | {"options": options}, files, folder))
     terminal.report(files, far.summary())
 
@@ -264,6 +260,15 @@ def _load(model: str) -> nn.Module:
     from vit_probe.checkpoints import load_model
 
     return load_model(model)
+
+
+def _if_possible(what: str, make: Callable[[], Made]) -> Made | None:
+    """What `make` returns; None, with a note, where this model does not have it."""
+    try:
+        return make()
+    except InputError as error:
+        terminal.complain(f"note: {what} left out: {error}")
+        return None
 
 
 def _attention_run(model: nn.Module, images: list[Any], batch_size: int, device: str, keep_images: int = 0) -> AttentionRun:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from vit_probe.errors import InputError
 
-__all__ = ["TokenGrid", "Windows", "has_class_token", "read_patch_size"]
+__all__ = [
+    "TokenGrid",
+    "Windows",
+    "first_convolution",
+    "first_parameter",
+    "has_class_token",
+    "input_channels",
+    "read_patch_size",
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class TokenGrid:
     ) -> Float[Tensor, "query patch"]:
         """Euclidean distance in pixels from the patches `start` to `stop` to every patch, in float32."""
         query = torch.arange(*slice(start, stop).indices(self.num_patches), device=device)
-        return _windows(self, device)[self.rows - 1 - query // self.cols, self.cols - 1 - query % self.cols].flatten(1)
+        return _offset_distances(self, device)[self.rows - 1 - query // self.cols, self.cols - 1 - query % self.cols].flatten(1)
 
     def uniform_distance(self) -> float:
         """Mean attention distance, in pixels, of a head that attends to all patches alike."""
@@ -82,7 +90,7 @@ class TokenGrid:
 
 
 @lru_cache(maxsize=4)
-def _windows(grid: TokenGrid, device: torch.device | None) -> Float[Tensor, "row col key_row key_col"]:
+def _offset_distances(grid: TokenGrid, device: torch.device | None) -> Float[Tensor, "row col key_row key_col"]:
     """Distances from each patch, last patch first: all of them windows of one small table of offsets."""
     down = torch.arange(1 - grid.rows, grid.rows, dtype=torch.float64) * grid.patch_size[0]
     right = torch.arange(1 - grid.cols, grid.cols, dtype=torch.float64) * grid.patch_size[1]
@@ -116,24 +124,41 @@ class Windows:
     def distances(
         self, windows: Int[Tensor, "window"] | slice = _ALL, queries: slice = _ALL
     ) -> Float[Tensor, "window query key"]:
-        """Distance in pixels from some tokens of some windows to all their tokens, in float64; 0 to what is no patch."""
-        patches = self.patches[windows]
-        centres = self.grid.centres()[patches.clamp_min(0)]
-        distances = (centres[:, queries, None] - centres[:, None, :]).norm(dim=-1)
-        return distances * (patches >= 0)[:, None, :]
+        """Distance in pixels from some tokens of some windows to all their tokens, in float32; 0 to what is no patch."""
+        if self._whole:
+            return self.grid.distances(queries.start, queries.stop)[None].expand(len(self.patches[windows]), -1, -1)
+        return self._distances[windows][:, queries]
 
     def uniform_distance(self) -> float:
         """Mean attention distance, in pixels, of a head that attends alike to all patches that it may see."""
-        seen = self.is_patch[:, None, :].expand(-1, self.patches.shape[1], -1)
-        if self.masked is not None:
-            seen = seen & ~self.masked
-        of_query = (self.distances() * seen).sum(dim=-1) / seen.sum(dim=-1).clamp_min(1)
-        return float(of_query[self.is_patch].mean())
+        if self._whole:
+            return self.grid.uniform_distance()
+        total = 0.0
+        for index, (patches, is_patch) in enumerate(zip(self.patches, self.is_patch, strict=True)):
+            seen = is_patch.expand(len(patches), -1)
+            if self.masked is not None:
+                seen = seen & ~self.masked[index]
+            of_query = (self._between(patches) * seen).sum(dim=-1) / seen.sum(dim=-1).clamp_min(1)
+            total += float(of_query[is_patch].sum())
+        return total / self.grid.num_patches
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether there is but one window, of all patches row by row."""
+        return self.masked is None and torch.equal(self.patches, torch.arange(self.grid.num_patches)[None])
+
+    @cached_property
+    def _distances(self) -> Float[Tensor, "window query key"]:
+        return torch.stack([self._between(patches).float() for patches in self.patches]) * self.is_patch[:, None, :]
+
+    def _between(self, patches: Int[Tensor, "token"]) -> Float[Tensor, "query key"]:
+        centres = self.grid.centres()[patches.clamp_min(0)]
+        return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def read_patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of a patch in pixels, from the timm or transformers configuration, else from the first convolution whose
-    stride equals its kernel.
+    """Height and width of a patch in pixels, from the timm or transformers configuration, else from the first convolution
+    if its stride equals its kernel.
 
     Raises:
         InputError: If the model does not tell, or drops patches at random.
@@ -150,13 +175,30 @@ def read_patch_size(model: nn.Module) -> tuple[int, int]:
         return named, named
     if named is not None and len(named) == 2:
         return int(named[0]), int(named[1])
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride and max(module.stride) > 1:
-            return int(module.stride[0]), int(module.stride[1])
+    _, first = first_convolution(model)
+    if first is not None and first.kernel_size == first.stride and max(first.stride) > 1:
+        return int(first.stride[0]), int(first.stride[1])
     raise InputError(
-        f"cannot tell the patch size of {type(model).__name__}: it has no patch_embed.patch_size, no config.patch_size and no "
-        "convolution whose stride equals its kernel; pass grid=TokenGrid(...)"
+        f"cannot tell the patch size of {type(model).__name__}: it has no patch_embed.patch_size and no config.patch_size, and "
+        "its first convolution is not one whose stride equals its kernel; pass grid=TokenGrid(...)"
     )
+
+
+def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    """The convolution that sees the image, and its path; None if there is no convolution."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(found, ("", None))
+
+
+def input_channels(model: nn.Module) -> int:
+    """The colour channels of the images that the model takes; 3 if it has no convolution to tell."""
+    _, first = first_convolution(model)
+    return 3 if first is None else first.in_channels
+
+
+def first_parameter(model: nn.Module) -> Tensor:
+    """A parameter whose device and floating-point type are taken for the model's; an empty tensor if there is none."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
 
 
 def has_class_token(model: nn.Module) -> bool:

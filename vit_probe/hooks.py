@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from vit_probe.errors import InputError
-from vit_probe.routing import AttentionCall, AttentionRouter, intercepted, nothing_seen
+from vit_probe.routing import AttentionCall, AttentionRouter, intercepted
 from vit_probe.tiles import AttentionObserver, TiledAttention
+from vit_probe.unseen import check_seen
 from vit_probe.verification import verified
 
 __all__ = ["AttentionHooks", "attention_hooks"]
@@ -43,16 +44,20 @@ def attention_hooks(
             compare the outputs.
 
     Raises:
-        InputError: At the end of the context, if the model was called and no self-attention was seen.
+        InputError: At the end of the context, if the model was called and the attention of some layers, or all, was not seen;
+            with `verify`, if only parts of the model were called.
         RuntimeError: With `verify`, if the outputs differ by more than rounding.
     """
     if tile_bytes < 1:
         raise InputError(f"tile_bytes must be positive, got {tile_bytes}")
     hooks = AttentionHooks(observers, tile_bytes)
-    with verified(model) if verify else nullcontext(), intercepted(model, hooks):
+    with verified(model) if verify else nullcontext() as compared, intercepted(model, hooks):
         yield hooks
-    if hooks.called and not hooks.layers:
-        raise InputError(nothing_seen(model, hooks.skipped))
+    check_seen(model, hooks)
+    if compared == [] and hooks.layers and hooks.stop_after is None:
+        raise InputError(
+            "verify=True compares calls of the whole model, but only parts of it were called; call the model itself"
+        )
 
 
 class AttentionHooks(AttentionRouter):

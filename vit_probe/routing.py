@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionCall", "AttentionRouter", "ForwardStopped", "evaluated", "intercepted", "nothing_seen"]
+__all__ = ["AttentionCall", "AttentionRouter", "ForwardStopped", "evaluated", "intercepted"]
 
 # The second is what a graph of torch.export calls.
 _ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_ASIDE = re.compile("pos|rope|rot|freq|mask|bias")
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -74,7 +76,8 @@ class _Frame:
 
     name: str
     module: nn.Module
-    inputs: tuple[Any, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 class AttentionRouter(TorchFunctionMode):
@@ -96,6 +99,15 @@ class AttentionRouter(TorchFunctionMode):
         self._numbers: dict[tuple[str, int], int] = {}
         self._calls: Counter[str] = Counter()
         self._stack: list[_Frame] = []
+        self._kinds: set[type[nn.Module]] = set()
+        self._silent: dict[str, nn.Module] = {}
+        self._heard: set[str] = set()
+
+    @property
+    def hidden(self) -> list[str]:
+        """Modules in which no call was seen, of a class in which there are calls, or graphs with parameters."""
+        silent = {name: module for name, module in self._silent.items() if name not in self._heard}
+        return [name for name, module in silent.items() if type(module) in self._kinds or _is_graph(module)]
 
     def attend(self, call: AttentionCall) -> Tensor:
         """What the model gets as the result of a call of self-attention."""
@@ -115,12 +127,14 @@ class AttentionRouter(TorchFunctionMode):
         if name == "":
             self._stack.clear()
             self._calls.clear()
-        self._stack.append(_Frame(name, module, (*args, *kwargs.values())))
+        self._stack.append(_Frame(name, module, args, kwargs))
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Called after the forward pass of every module, also where it failed; `output` is None then."""
         if self._stack:
             self._stack.pop()
+        if output is not None and name not in self._heard:
+            self._silent[name] = module
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,7 +146,8 @@ class AttentionRouter(TorchFunctionMode):
 
     def _route_multi_head(self, given: dict[str, Any]) -> Any:
         """`nn.MultiheadAttention`. While a mode handles one torch function it does not see those called inside it."""
-        crossed = given["query"] is not given["key"]
+        query, key = given["query"], given["key"]
+        crossed = query is not key and not (query.shape == key.shape and torch.equal(query, key))
 
         def route(shown_only: bool, **changed: Any) -> Any:
             def inner(*args: Any, **kwargs: Any) -> Tensor:
@@ -163,6 +178,7 @@ class AttentionRouter(TorchFunctionMode):
         shown_only: bool = False,
     ) -> Tensor:
         """Stands in for `scaled_dot_product_attention`."""
+        self._heard.update(outer.name for outer in self._stack)
         frame = self._stack[-1]
         q, k, v, mask = query, key, value, attn_mask
         heads = getattr(frame.module, "num_heads", None)
@@ -171,12 +187,13 @@ class AttentionRouter(TorchFunctionMode):
             q, k, v = (tensor.unflatten(0, (-1, heads)) for tensor in (q, k, v))
             if mask is not None and mask.ndim == 3 and mask.shape[0] == query.shape[0]:
                 mask = mask.unflatten(0, (-1, heads))
-        reason = _not_self_attention(q, k, _two_sequences(frame.inputs) if crossed is None else crossed)
+        reason = _not_self_attention(q, k, _two_sequences(frame) if crossed is None else crossed)
         if reason:
             self.skipped.setdefault(frame.name, reason)
             options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
             fused = partial(F.scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, **options)
             return self.pass_by(query, value, fused)
+        self._kinds.add(type(frame.module))
         layer = self._number(frame.name)
         call = AttentionCall(layer, frame.name, q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, shown_only)
         output = self.attend(call)
@@ -233,20 +250,6 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def nothing_seen(model: nn.Module, skipped: Mapping[str, str]) -> str:
-    """What to say of a model that was called and in which no self-attention was seen."""
-    others = ", ".join(f"{name or 'the model'} ({reason})" for name, reason in list(skipped.items())[:3])
-    seen = f" (other calls did: {others})" if others else ""
-    what = f"{type(model).__name__} was called, but no self-attention went through scaled_dot_product_attention{seen}; "
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return what + "a graph of torch.jit hides what happens inside: pass the module that was traced or scripted"
-    return what + (
-        'choose its fused attention: model.set_attn_implementation("sdpa") in transformers, '
-        "timm.layers.set_fused_attn(True, experimental=True) before the model is built in timm. A model whose own code "
-        "computes the softmax, or which was recorded as a graph (CUDA graphs), cannot be seen into"
-    )
-
-
 def _bound(method: Callable[..., None], name: str) -> Callable[..., None]:
     return lambda *given: method(name, *given)
 
@@ -256,20 +259,28 @@ def _not_self_attention(query: Tensor, key: Tensor, crossed: bool) -> str | None
     if query.ndim == 3:
         return f"queries of shape {tuple(query.shape)} do not tell their heads from their images"
     if query.ndim != 4:
-        return f"queries of shape {tuple(query.shape)} are in more than one group an image"
+        return f"queries of shape {tuple(query.shape)} are in windows in a dimension of their own, which is not supported"
     queries, keys = query.shape[-2], key.shape[-2]
     if queries != keys:
         return f"{queries} {'query' if queries == 1 else 'queries'} for {keys} {'key' if keys == 1 else 'keys'}"
     return "the queries are of one sequence, the keys of another" if crossed else None
 
 
-def _two_sequences(inputs: tuple[Any, ...]) -> bool:
-    """Whether a module was given two sequences of tokens, as cross-attention is; masks (token x token) are none."""
-    sequences = [t for t in inputs if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()]
-    return any(
-        other is not sequences[0] and other.shape[:2] == sequences[0].shape[:2] and other.shape[1] != other.shape[2]
-        for other in sequences[1:]
-    )
+def _two_sequences(frame: _Frame) -> bool:
+    """Whether a module was given two sequences of tokens of one shape, as cross-attention is; positions and masks are none."""
+    if sum(map(_is_sequence, (*frame.args, *frame.kwargs.values()))) < 2:
+        return False
+    given = inspect.signature(frame.module.forward).bind(*frame.args, **frame.kwargs).arguments
+    first, *others = [value for name, value in given.items() if _is_sequence(value) and not _ASIDE.search(name)] or [None]
+    return any(other is not first and other.shape == first.shape for other in others)
+
+
+def _is_graph(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters())
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
 def _with_globals(function: Any, **names: Any) -> FunctionType:

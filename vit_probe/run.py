@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
+from vit_probe.geometry import TokenGrid, first_parameter
 from vit_probe.hooks import attention_hooks
 from vit_probe.images import Preprocessing
 from vit_probe.results import software_versions, weights_sha256
@@ -56,11 +56,12 @@ class AttentionRun:
         keep_images: int = 0,
     ) -> None:
         self.model = model
-        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._home = first_parameter(model).device
         self.device = self._home if device == "auto" and self._home.type != "cpu" else select_device(device)
         preprocessing = preprocessing or getattr(model, "preprocessing", None)
         self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images)
-        found = survey(model, *self.images.image_size, grid=grid)
+        with self._on_device():
+            found = survey(model, *self.images.image_size, grid=grid)
         self.grid, self.windows, self.layers, self.skipped = found.grid, found.windows, found.layers, found.skipped
 
     def observe(self, *measures: AttentionObserver, progress: Callable[[int], None] | None = None) -> None:
@@ -71,17 +72,27 @@ class AttentionRun:
         Raises:
             InputError: If a measure cannot use the attention, or the images are not as they were announced.
         """
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = first_parameter(self.model).dtype
+        with self._on_device(), evaluated(self.model), attention_hooks(self.model, *measures) as hooks:
+            hooks.stop_after = len(self.layers) - 1
+            for batch in self.images:
+                with suppress(ForwardStopped):
+                    self.model(batch.to(self.device, dtype))
+                if progress is not None:
+                    progress(len(batch))
+                if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():
+                    raise InputError(
+                        f"{type(self.model).__name__} attends otherwise in this batch than before: its layers were "
+                        f"{self.layers}, now they are {hooks.layers}, and {hooks.skipped} were passed by"
+                    )
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Has the model on the run's device, and at the end where it was."""
         try:
             if self.device != self._home:
                 self.model.to(self.device)
-            with evaluated(self.model), attention_hooks(self.model, *measures) as hooks:
-                hooks.stop_after = len(self.layers) - 1
-                for batch in self.images:
-                    with suppress(ForwardStopped):
-                        self.model(batch.to(self.device, dtype))
-                    if progress is not None:
-                        progress(len(batch))
+            yield
         finally:
             if self.device != self._home:
                 self.model.to(self._home)

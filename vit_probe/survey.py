@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vit_probe.blind import BlindModel, Places
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows, has_class_token, read_patch_size
-from vit_probe.routing import evaluated, nothing_seen
+from vit_probe.routing import evaluated
+from vit_probe.unseen import check_seen
 
 __all__ = ["Survey", "find_token_grid", "survey"]
 
@@ -87,9 +88,12 @@ def survey(model: nn.Module, height: int, width: int, *, grid: TokenGrid | None 
             else:
                 windows[layer] = _windows(blind, layer, grid, merged[layer], places[layer])
         mixed = bool(places[0].mixed[blind.depends(0)].any())
-        _check_later(blind, [layer for layer in blind.filled if layer not in decoded], grid, exact=not mixed)
-        if windows and not blind.keeps_images_apart():
-            raise InputError(f"{type(model).__name__} mixes the windows of different images, which cannot be told apart")
+        plain = [layer for layer in blind.filled if not merged.get(layer)]
+        _check_code(blind, grid, plain, later=[layer for layer in plain if layer not in decoded], exact=not mixed)
+        if not blind.keeps_images_apart(last=max(windows, default=0)):
+            raise InputError(
+                f"{type(model).__name__} mixes the windows or heads of different images, which cannot be told apart"
+            )
     return Survey(grid, blind.layers, blind.skipped, windows)
 
 
@@ -105,8 +109,7 @@ def _look(blind: BlindModel, model: nn.Module, height: int, width: int) -> None:
             f"{type(model).__name__} cannot take images of {height} x {width} pixels ({reason}); pass images of the size that "
             "it is made for"
         ) from error
-    if not blind.layers:
-        raise InputError(nothing_seen(model, blind.skipped))
+    check_seen(model, blind)
 
 
 def _find_grid(
@@ -172,17 +175,24 @@ def _changes_nearby(blind: BlindModel, grid: TokenGrid) -> bool:
     return bool(torch.stack(away).abs().amax(dim=1).median() <= _NEAR)
 
 
-def _check_later(blind: BlindModel, layers: list[int], grid: TokenGrid, *, exact: bool) -> None:
-    """Raise InputError unless these layers, too, have the prefix tokens first and then the patches row by row."""
-    if not layers:
-        return
+def _check_code(blind: BlindModel, grid: TokenGrid, layers: list[int], *, later: list[int], exact: bool) -> None:
+    """Raise InputError unless these layers have each key where its query is, and the `later` of them, too, the prefix tokens
+    first and then the patches row by row. Where a stem mixes patches, only that these depend on the image is checked.
+    """
     first = grid.num_prefix_tokens
     bits = torch.rand(grid.rows, grid.cols, generator=torch.Generator().manual_seed(0)) < 0.5
-    seen = blind.show(blind.patches(bits, grid), last=layers[-1]) if exact else {}
+    seen = blind.show(blind.patches(bits, grid), last=max(blind.filled)) if exact else {}
     for layer in layers:
-        is_patch = blind.depends(layer)[0, first:]
-        if not is_patch.all() or (exact and not torch.equal(blind.is_filled(layer, seen[layer])[0, first:], bits.flatten())):
-            raise InputError(_disordered(blind, layer, grid))
+        if layer in later:
+            is_patch = blind.depends(layer)[0, first:]
+            in_order = not exact or torch.equal(blind.is_filled(layer, seen[layer])[0, first:], bits.flatten())
+            if not is_patch.all() or not in_order:
+                raise InputError(_disordered(blind, layer, grid))
+        if exact and not blind.keys_agree(layer, seen[layer]):
+            raise InputError(
+                f"layer {layer} ({blind.layers[layer] or 'the model itself'}) is no self-attention, though it has as many keys "
+                "as queries: its keys do not show what its queries show"
+            )
 
 
 def _disordered(blind: BlindModel, layer: int, grid: TokenGrid) -> str:

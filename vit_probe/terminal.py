@@ -65,7 +65,7 @@ def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
     print_table(list(summary.columns), summary.itertuples(index=False))
     console = Console(highlight=False, soft_wrap=True)
     for name, reason in summary.attrs.get("skipped", {}).items():
-        console.print(f"not in the table: {name}, which is no self-attention ({reason})", markup=False)
+        console.print(f"not in the table: the attention of {name} ({reason})", markup=False)
     for path in files:
         console.print(str(path), markup=False)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
+from vit_probe.geometry import TokenGrid, first_convolution, first_parameter
 from vit_probe.routing import evaluated
 from vit_probe.survey import Survey
 
@@ -54,10 +54,9 @@ def patch_tokens(
         handle = block.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = block.register_forward_hook(after)
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
     try:
         with evaluated(model), suppress(_Reached):
-            model(images.to(parameter))
+            model(images.to(first_parameter(model)))
     finally:
         handle.remove()
     windows = found.windows.get(layer)
@@ -74,8 +73,8 @@ def block_path(model: nn.Module, found: Survey, layer: int) -> str:
         InputError: If there is none: a module is called for several layers, or the model calls the attention itself.
     """
     path = found.layers[layer]
-    stem = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
-    others = [*found.layers[:layer], *found.layers[layer + 1 :], *found.skipped, *([] if stem is None else [stem])]
+    stem, convolution = first_convolution(model)
+    others = [*found.layers[:layer], *found.layers[layer + 1 :], *found.skipped, *([stem] if convolution else [])]
     parts = path.split(".") if path else []
     for length in range(1, len(parts) + 1):
         ancestor = ".".join(parts[:length])

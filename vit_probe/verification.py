@@ -19,8 +19,10 @@ _ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 0.01, tor
 
 
 @contextmanager
-def verified(model: nn.Module) -> Iterator[None]:
+def verified(model: nn.Module) -> Iterator[list[bool]]:
     """Within the context, each call of the whole model is repeated without hooks, and the outputs are compared.
+
+    It yields a list that gets an entry for each call that was compared.
 
     The context is to be entered before the hooks that it checks are set. Both calls draw the same random numbers. A call
     that ends early, by an exception, is not checked.
@@ -30,7 +32,8 @@ def verified(model: nn.Module) -> Iterator[None]:
         InputError: If the output holds no tensor that could be compared.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    states: list[dict[str, Tensor]] = []
+    states: list[dict[torch.device, Tensor]] = []
+    compared: list[bool] = []
     repeating = False
 
     def before(module: nn.Module, args: Any) -> None:
@@ -52,10 +55,11 @@ def verified(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(hooked)
             _set_random_states(reached)
         _compare(output, untouched, _rounding(module))
+        compared.append(True)
 
     handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after, with_kwargs=True)]
     try:
-        yield
+        yield compared
     finally:
         for handle in handles:
             handle.remove()
@@ -93,12 +97,21 @@ def _compare(hooked: Any, untouched: Any, rounding: float) -> None:
             )
 
 
-def _random_states(module: nn.Module) -> dict[str, Tensor]:
-    """The state of the random numbers on the CPU and on the model's device."""
-    kinds = {"cpu"} | {parameter.device.type for parameter in module.parameters()}
-    return {kind: (torch if kind == "cpu" else torch.get_device_module(kind)).get_rng_state() for kind in sorted(kinds)}
+def _random_states(module: nn.Module) -> dict[torch.device, Tensor]:
+    """The state of the random numbers on the CPU and on the model's devices."""
+    devices = {torch.device("cpu")} | {parameter.device for parameter in module.parameters()}
+    return {device: _generator(device).get_rng_state(*_index(device)) for device in devices}
 
 
-def _set_random_states(states: Mapping[str, Tensor]) -> None:
-    for kind, state in states.items():
-        (torch if kind == "cpu" else torch.get_device_module(kind)).set_rng_state(state)
+def _set_random_states(states: Mapping[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        _generator(device).set_rng_state(state, *_index(device))
+
+
+def _generator(device: torch.device) -> Any:
+    return torch if device.type == "cpu" else torch.get_device_module(device)
+
+
+def _index(device: torch.device) -> list[torch.device]:
+    """What tells one of several devices of a type from the others."""
+    return [device] if device.type in ("cuda", "xpu") else []

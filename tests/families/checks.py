@@ -146,7 +146,8 @@ class PrecisionChecks:
                 untouched = output(model(images))
             result, seen, *_ = hooked(model, images)
         assert result.dtype == untouched.dtype
-        assert all(np.isfinite(attention).all() for attention in seen.layers.values())
+        for layer, attention in hooked(family.model(), family.images())[1].layers.items():  # in float32
+            assert abs(seen.layers[layer] - attention).mean() < 0.1 * attention.mean()
         assert (result - untouched).abs().max() <= _LOOSE[dtype] * untouched.abs().max()
 
     def test_compiled_models_show_all_layers(self, family: Family) -> None:

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from tests import reference
+from tests.checkpoints.parity import randomize
 from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
 from tests.models import FAMILIES, expected_attention, images, small_vit
 from vit_probe import InputError, TokenGrid, attention_hooks, load_result, mean_attention_distance
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult
+from vit_probe.run import AttentionRun
+from vit_probe.survey import survey
 
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 PREFIXES = ["renormalize", "drop"]
@@ -336,3 +339,50 @@ class _Only:
     def update(self, tile) -> None:
         if tile.layer == self.layer:
             self.measure.update(tile)
+
+
+# Windows
+
+
+def _swin():  # type: ignore[no-untyped-def]
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    sizes = dict(image_size=48, patch_size=4, window_size=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2])
+    return randomize(SwinModel(SwinConfig(**sizes)).eval())
+
+
+def test_parts_of_windowed_images_are_merged() -> None:
+    model, x = _swin(), images(48, 48, batch=5)
+    whole = mean_attention_distance(model, x, batch_size=5, device="cpu")
+    found = survey(model, 48, 48)
+    measures = []
+    for part in (x[:2], x[2:]):
+        measure = AttentionDistance(found.grid, windows=found.windows)
+        AttentionRun(model, part, batch_size=1, device="cpu").observe(measure)
+        measures.append(measure)
+    measures[0].merge(measures[1])
+    result = measures[0].compute()
+    assert result.num_images == 5
+    assert result.num_windows.tolist() == [16, 16, 4, 4]
+    for name in ("distance", "std", "patch_mass"):
+        np.testing.assert_allclose(getattr(result, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+    other = AttentionDistance(found.grid)
+    with pytest.raises(InputError, match="cannot merge distances within other windows"):
+        other.merge(measures[0])
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+def test_a_windowed_pass_that_broke_off_leaves_nothing(tiles: int) -> None:
+    model, x = _swin(), images(48, 48, batch=3)
+    found = survey(model, 48, 48)
+    measure = AttentionDistance(found.grid, windows=found.windows)
+    with pytest.raises(RuntimeError, match="interrupted"), torch.no_grad():  # noqa: SIM117
+        with attention_hooks(model, FailsAfter(measure, tiles), tile_bytes=2000):
+            model(x[:1])
+    broken = measure._sums  # of images that were complete
+    before = [layer.count for layer in broken]
+    with torch.no_grad(), attention_hooks(model, measure, tile_bytes=2000):
+        model(x)
+    assert [layer.count for layer in measure._sums][len(before) :] == [3] * (4 - len(before))
+    assert [layer.count for layer in measure._sums][: len(before)] == [count + 3 for count in before]

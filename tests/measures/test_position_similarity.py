@@ -255,7 +255,7 @@ def test_saved_and_read_back(tmp_path) -> None:
 
 def test_positions_that_leave_no_trace() -> None:
     for model in (small_vit(position="none"), FAMILIES["encoder"].model()):
-        with pytest.raises(InputError, match=r"all alike after 1 layers of .*its positions leave no trace on them"):
+        with pytest.raises(InputError, match=r"all alike after 1 layer of .*its positions leave no trace on them"):
             position_similarity(model, image_size=(24, 24))
     with pytest.raises(InputError, match="all alike after 0 layers of Eva; positions come in later: raise after_layers"):
         position_similarity(FAMILIES["timm-dinov3"].model(), after_layers=0)

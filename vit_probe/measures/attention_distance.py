@@ -177,6 +177,8 @@ class AttentionDistance:
         windows = self.windows.get(tile.layer)
         if windows is None:
             self.grid.check_tokens(tile.num_tokens)
+        if tile.images.start == tile.queries.start == 0:
+            self._of_windows = []  # of a pass that broke off
         if tile.queries.start == 0:
             count, heads = tile.probabilities.shape[:2]
             device = tile.probabilities.device
@@ -210,7 +212,7 @@ class AttentionDistance:
         # Sums over the queries of each window; an image's windows follow each other.
         which = torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
         is_patch = windows.is_patch[which].to(sums.device)
-        distances = windows.distances(which, tile.queries).to(tile.probabilities.dtype).to(sums.device)
+        distances = windows.distances(which, tile.queries).to(sums.device)
         patches = tile.probabilities * is_patch[:, None, None, :]
         sums += (_distance_and_mass(patches, distances[:, None], self.prefix) * is_patch[:, None, tile.queries]).sum(dim=-1)
 
@@ -232,11 +234,16 @@ class AttentionDistance:
         """Adds what `other` has seen. Either may have seen nothing.
 
         Raises:
-            InputError: If `other` measures on another grid, with another `prefix`, or other layers and heads.
+            InputError: If `other` measures on another grid, in other windows, with another `prefix`, or other layers and heads.
         """
         mine, theirs = ((m.grid, m.prefix, [layer.mean.shape[1] for layer in m._sums]) for m in (self, other))
         if mine[:2] != theirs[:2] or (self._sums and other._sums and mine != theirs):
             raise InputError(f"cannot merge distances of (grid, prefix, heads of each layer) {theirs} into {mine}")
+        if self.windows.keys() != other.windows.keys() or any(
+            self.windows[layer].grid != windows.grid or not torch.equal(self.windows[layer].patches, windows.patches)
+            for layer, windows in other.windows.items()
+        ):
+            raise InputError("cannot merge distances within other windows; measure images of one size with one model")
         if not self._sums:
             self._sums, self._modules = [Moments.none(2, heads) for heads in theirs[2]], list(other._modules)
         for layer, added in zip(self._sums, other._sums, strict=False):

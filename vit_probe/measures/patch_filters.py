@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from vit_probe.errors import InputError
+from vit_probe.geometry import first_convolution
 from vit_probe.results import Result, check_finite, software_versions
 from vit_probe.run import model_provenance
 
@@ -119,7 +120,7 @@ def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFilt
 
 
 def _first_convolution(model: nn.Module) -> tuple[str, Float[np.ndarray, "filter channel row col"]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels in (1, 3):
-            return f"{name}.weight", module.weight.detach().cpu().double().numpy()
+    name, module = first_convolution(model)
+    if module is not None and module.in_channels in (1, 3):
+        return f"{name}.weight", module.weight.detach().cpu().double().numpy()
     raise InputError(f"{type(model).__name__} has no convolution over 1 or 3 colour channels whose filters could be shown")

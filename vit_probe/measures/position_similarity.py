@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vit_probe.config import as_pair
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, read_patch_size
+from vit_probe.geometry import TokenGrid, input_channels, read_patch_size
 from vit_probe.results import Result, check_finite, software_versions
 from vit_probe.run import model_provenance
 from vit_probe.survey import survey
@@ -69,7 +69,7 @@ class PositionSimilarityResult(Result):
         """What the figure is called."""
         if self.after_layers is None:
             return "Position embedding similarity"
-        return f"Position similarity after {self.after_layers} layer{'' if self.after_layers == 1 else 's'}"
+        return f"Position similarity after {_layers(self.after_layers)}"
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """A tile for each patch (evenly spaced ones of a large grid) that shows its similarity to all patches."""
@@ -114,7 +114,7 @@ def position_similarity(
         vectors = tokens - tokens.mean(axis=0)
         if np.abs(vectors).max() <= _ALIKE * np.abs(tokens).max():
             raise InputError(
-                f"the tokens of a constant image are all alike after {after_layers} layers of {type(model).__name__}; "
+                f"the tokens of a constant image are all alike after {_layers(after_layers)} of {type(model).__name__}; "
                 + (
                     "positions come in later: raise after_layers"
                     if after_layers == 0
@@ -133,6 +133,10 @@ def position_similarity(
     return PositionSimilarityResult(similarity=similarity, after_layers=after_layers, provenance=provenance)
 
 
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
+
+
 def _constant_image_tokens(
     model: nn.Module, after_layers: int | None, image_size: int | tuple[int, int] | None
 ) -> tuple[Float[np.ndarray, "patch dim"], TokenGrid, int]:
@@ -149,7 +153,7 @@ def _constant_image_tokens(
     after_layers = (depth + 1) // 2 if after_layers is None else after_layers
     if not 0 <= after_layers <= depth:
         raise InputError(f"after_layers must be from 0 to {depth}, the layers of {type(model).__name__}; got {after_layers}")
-    tokens, grid = patch_tokens(model, torch.zeros(1, 3, height, width), found, after_layers)
+    tokens, grid = patch_tokens(model, torch.zeros(1, input_channels(model), height, width), found, after_layers)
     return tokens[0].cpu().double().numpy(), grid, after_layers
 
 
@@ -172,7 +176,9 @@ def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, 
         return None
     patch_size = read_patch_size(model)
     rows, cols = (length // patch for length, patch in zip(as_pair(size, "image_size"), patch_size, strict=True))
-    table = tables[0].reshape(-1, tables[0].shape[-1])
+    flat = [table.reshape(-1, table.shape[-1]) for table in tables]
+    # Of several tables (one of a text tower, say) the one with fewest entries beyond those of the patches.
+    table = min(flat, key=lambda table: (len(table) < rows * cols, abs(len(table) - rows * cols)))
     if not 0 <= len(table) - rows * cols <= _MOST_PREFIX:
         raise InputError(
             f"the position table of {type(model).__name__} has {len(table)} entries, which does not fit {rows} x {cols} "
