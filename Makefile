@@ -8,7 +8,7 @@ OUT ?= out
 DINOV2 ?= $(wildcard ../shared/checkpoints/dinov2-small)
 IMAGES ?= $(wildcard ../shared/imagenet-sample-128)
 
-.PHONY: demo test check figures clean
+.PHONY: demo test check bench figures clean
 
 demo: .venv/installed
 	$(BIN)/vit-probe figures --model $(MODEL) --out $(OUT)
@@ -20,6 +20,10 @@ check: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The tables in benchmarks/results: hours on two cores; `python -m benchmarks.attention --quick` takes minutes.
+bench: .venv/installed-test
+	$(BIN)/python -m benchmarks.attention
 
 # The gallery in figures/: the bundled model on the sample photographs; DINOv2 on IMAGES, and its rollout on the sample photographs.
 figures: .venv/installed

@@ -340,3 +340,34 @@ def test_positions_after_some_layers(
     code, _, err = run(capsys, monkeypatch, *arguments, "--after-layers", 4)
     assert code == 2
     assert "after_layers must be from 0 to 3" in err
+
+
+# Datasets
+
+
+def test_broken_photographs_are_left_out_on_demand(
+    checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.png").write_bytes((photographs / "0.png").read_bytes()[:300])
+    arguments = ["distance", "--model", checkpoint, "--images", photographs, "--images", tmp_path / "broken.png"]
+    code, _, err = run(capsys, monkeypatch, *arguments, "--out", tmp_path / "stopped")
+    assert code == 2
+    assert "broken.png" in err
+    code, _, err = run(capsys, monkeypatch, *arguments, "--out", tmp_path / "out", "--on-error", "skip")
+    assert code == 0, err
+    assert "note: broken.png is left out: " in err
+    result = load_result(tmp_path / "out" / "attention_distance.safetensors")
+    assert result.num_images == 5
+    assert list(result.provenance["images"]["skipped"]) == ["broken.png"]
+    assert not (tmp_path / "out" / "run-state.safetensors").exists()
+
+
+def test_a_state_is_gone_on_with_only_on_demand(
+    checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run-state.safetensors").write_bytes(b"of something else")
+    arguments = ["distance", "--model", checkpoint, "--images", photographs, "--out", tmp_path]
+    code, _, err = run(capsys, monkeypatch, *arguments, "--resume")
+    assert code == 2
+    assert "run-state.safetensors is no state of a run; delete it, or start without going on" in err
+    assert run(capsys, monkeypatch, *arguments)[0] == 0

@@ -73,6 +73,13 @@ class TestPreprocessing:
         expected = torch.tensor([(1 - 0.5) / 0.2, (0 - 0.4) / 0.3, (0.2 - 0.3) / 0.4])
         torch.testing.assert_close(pixels[:, 3, 5], expected)
 
+    def test_the_numbers_are_those_of_torch_to_the_last_bit(self) -> None:
+        image = noise(40, 60)
+        pixels = torch.from_numpy(np.array(PREPARE.crop(image))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (PREPARE.mean, PREPARE.std))
+        torch.testing.assert_close(PREPARE(image), (pixels - mean) / std, rtol=0, atol=0)
+        assert PREPARE(image).is_contiguous()
+
     def test_denormalize_gives_the_photograph_back(self) -> None:
         image = noise(70, 90)
         np.testing.assert_array_equal(PREPARE.denormalize(PREPARE(image)[None])[0], np.asarray(PREPARE.crop(image)))
@@ -216,7 +223,7 @@ class TestImageStream:
         list(stream)
         assert stream.kept() is None
 
-    def test_all_files_are_decoded_at_the_start(self, folder: Path) -> None:
+    def test_broken_checksums_come_up_at_the_start(self, folder: Path) -> None:
         (folder / "z.png").write_bytes((folder / "b.png").read_bytes()[:500])
         with pytest.raises(InputError, match=r"z.png cannot be decoded"):
             ImageStream(folder, PREPARE)
@@ -228,9 +235,9 @@ class TestImageStream:
             ([], "there are no images"),
             (iter([]), "there are no images"),
             (torch.rand(0, 3, 8, 8), "there are no images"),
-            (3, "must be a tensor, photographs, paths or an iterable of batches, got int"),
-            ([torch.rand(3, 8, 8)], r"got Tensor of shape \(3, 8, 8\)"),
-            ([{"image": 1}], "got dict"),
+            (3, "must be a tensor, photographs, paths, a dataset or an iterable of batches, got int"),
+            ([torch.rand(8, 8)], r"or tensors \(channel, height, width\), got Tensor of shape \(8, 8\)"),
+            ([{"image": 1}], "got int"),
             ((torch.rand(1, 3, 8, 8) * 255).to(torch.uint8), r"images are torch.uint8; tensors must be preprocessed"),
             ([torch.zeros(1, 3, 8, 8, dtype=torch.int64)], r"images are torch.int64"),
             ([Image.new("RGB", (8, 8)), torch.rand(3, 8, 8)], "must hold PIL images or paths only"),

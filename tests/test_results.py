@@ -28,7 +28,7 @@ def distance(model: VisionTransformer) -> AttentionDistanceResult:
 def test_a_saved_result_equals_the_one_that_was_saved(distance: AttentionDistanceResult, tmp_path: Path) -> None:
     path = distance.save(tmp_path / "distance.safetensors")
     again = AttentionDistanceResult.load(path)
-    for name in ("distance", "std", "patch_mass", "uniform_distance", "num_windows"):
+    for name in ("distance", "std", "confidence", "patch_mass", "uniform_distance", "num_windows"):
         np.testing.assert_array_equal(getattr(again, name), getattr(distance, name))
     assert again.provenance == distance.provenance
     assert (again.modules, again.num_images, again.prefix) == (distance.modules, 3, "renormalize")
@@ -108,6 +108,6 @@ class TestLoadResult:
 
 
 def test_a_result_introduces_itself_in_a_line(distance: AttentionDistanceResult) -> None:
-    shapes = "distance=(2, 2), std=(2, 2), patch_mass=(2, 2)"
+    shapes = "distance=(2, 2), std=(2, 2), confidence=(2, 2), patch_mass=(2, 2)"
     assert repr(distance).startswith(f"AttentionDistanceResult({shapes}, uniform_distance=")
     assert "sha256" not in repr(distance)

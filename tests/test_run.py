@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.models import FAMILIES, Assemble, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_rollout, mean_attention_distance
+from vit_probe.errors import AssumptionWarning
 from vit_probe.measures import AttentionDistance, AttentionRollout
 from vit_probe.results import weights_sha256
 from vit_probe.run import AttentionRun, model_provenance, select_device
@@ -176,6 +177,62 @@ def test_positions_are_no_second_sequence() -> None:
     result = mean_attention_distance(model, images(32, 32, batch=5), batch_size=2, device="cpu")
     assert result.num_images == 5
     assert result.modules == ["blocks.0.attn", "blocks.1.attn"]
+
+
+class Hungry(nn.Module):
+    """Memory holds so many images at once; the others are refused in the middle of the pass."""
+
+    def __init__(self, most: int, error: BaseException) -> None:
+        super().__init__()
+        self.inner, self.most, self.error = small_vit(), most, error
+        self.inner.blocks[1].register_forward_pre_hook(self._weigh)
+        self.sizes: list[int] = []
+
+    def _weigh(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > self.most:
+            raise self.error
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return self.inner(x)
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_what_memory_does_not_hold_is_halved_and_said_once(error: RuntimeError) -> None:
+    x = images(batch=19)
+    model = Hungry(2, error)
+    attention = run(model, x, batch_size=8)
+    model.sizes.clear()
+    measures = [AttentionDistance(attention.grid), AttentionRollout(attention.grid)]
+    with pytest.warns(AssumptionWarning, match="memory does not hold 8 images; fewer are taken at once") as said:
+        attention.observe(*measures)
+    assert len(said) == 1
+    assert model.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+    expected = measured(small_vit(), x)
+    np.testing.assert_allclose(measures[0].compute().distance, expected, rtol=1e-6)
+    maps = attention_rollout(small_vit(), x, device="cpu").maps
+    np.testing.assert_allclose(measures[1].compute().maps, maps, rtol=1e-5)
+
+
+def test_memory_that_does_not_hold_one_image_ends_the_run() -> None:
+    model = Hungry(10, OUT_OF_MEMORY[0])
+    attention = run(model, images())
+    model.most = 0
+    with pytest.warns(AssumptionWarning), pytest.raises(torch.OutOfMemoryError):
+        attention.observe(AttentionDistance(attention.grid))
+    with pytest.raises(torch.OutOfMemoryError):  # an observer that cannot take a batch back
+        run(model, images()).observe(Assemble())
+
+
+def test_other_errors_of_the_model_are_its_own() -> None:
+    model = Hungry(10, RuntimeError("broken"))
+    attention = run(model, images())
+    model.most = 0
+    with pytest.raises(RuntimeError, match="broken"):
+        attention.observe(AttentionDistance(attention.grid))
 
 
 def test_progress_is_told_the_images_of_each_batch() -> None:
@@ -343,8 +400,9 @@ def test_provenance_says_where_the_numbers_come_from(folder: Path) -> None:
     assert provenance["model"]["weights_sha256"] == weights_sha256(model)
     assert provenance["images"]["count"] == 5
     assert provenance["images"]["names"] == [f"{index}.png" for index in range(5)]
-    pixels = b"".join(Image.open(path).convert("RGB").tobytes() for path in sorted(folder.iterdir()))
-    assert provenance["images"]["sha256"] == hashlib.sha256(pixels).hexdigest()
+    pixels = [Image.open(path).convert("RGB").tobytes() for path in sorted(folder.iterdir())]
+    digests = "".join(hashlib.sha256(image).hexdigest() for image in pixels)
+    assert provenance["images"]["sha256"] == hashlib.sha256(digests.encode()).hexdigest()
     assert provenance["preprocessing"]["resize"] == 28
     assert provenance["grid"] == {"rows": 3, "cols": 4, "patch_size": (8, 6), "num_prefix_tokens": 1, "has_cls_token": True}
     assert provenance["windows"] == {}

@@ -62,6 +62,10 @@ Fusion = Annotated[
 ]
 Discard = Annotated[float, typer.Option(help="Part of each layer's smallest entries set to zero, in [0, 1).")]
 Count = Annotated[int, typer.Option(min=1, help="Images to draw; the numbers of all are written.")]
+OnError = Annotated[
+    Literal["stop", "skip"], typer.Option(help="What becomes of images that cannot be read: end the run, or leave them out.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run into the same folder that was interrupted.")]
 _OUT = Path("figures-out")
 Made = TypeVar("Made")
 
@@ -76,6 +80,8 @@ def figures(
     batch_size: BatchSize = 16,
     format: Formats = None,
     device: Device = "auto",
+    on_error: OnError = "stop",
+    resume: Resume = False,
 ) -> None:
     """All four analyses in one pass, and the three-panel sheet of the ViT paper's figure 7."""
     folder, formats, photographs = _prepare(images, paths, out, limit, format)
@@ -85,12 +91,12 @@ def figures(
     from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
     from vit_probe.output import write_analysis, write_figure7, write_run
 
-    run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
+    run = _attention_run(loaded, photographs, batch_size, device, on_error, keep_images=SHOWN_IMAGES)
     filters = _if_possible("patch filters are", lambda: patch_filters(loaded))
     positions = _if_possible("position similarity is", lambda: position_similarity(loaded))
     distance = AttentionDistance(run.grid, windows=run.windows)
     rollout = _if_possible("rollout is", lambda: AttentionRollout(run.grid, windows=run.windows))
-    _observe(run, *(measure for measure in (distance, rollout) if measure is not None))
+    _observe(run, folder, resume, *(measure for measure in (distance, rollout) if measure is not None))
     far = distance.compute(run.provenance(distance.options))
     files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
     options = distance.options | {"limit": limit, "batch_size": batch_size}
@@ -119,6 +125,8 @@ def distance(
     batch_size: BatchSize = 16,
     format: Formats = None,
     device: Device = "auto",
+    on_error: OnError = "stop",
+    resume: Resume = False,
     prefix: Prefix = "renormalize",
     spread: Annotated[bool, typer.Option("--spread", help="Draw the standard deviation over images.")] = False,
     layers: Annotated[
@@ -133,11 +141,11 @@ def distance(
     from vit_probe.output import root_figure, write_analysis
     from vit_probe.plots import plot_sorted_heads, save_figure
 
-    run = _attention_run(loaded, photographs, batch_size, device)
+    run = _attention_run(loaded, photographs, batch_size, device, on_error)
     if wrong := [layer for layer in layers or () if not 0 <= layer < len(run.layers)]:
         raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
     measure = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
-    _observe(run, measure)
+    _observe(run, folder, resume, measure)
     result = measure.compute(run.provenance(measure.options))
     files = write_analysis(result, result.plot(spread=spread), folder, "attention_distance", formats)
     if layers:
@@ -190,6 +198,8 @@ def rollout(
     batch_size: BatchSize = 16,
     format: Formats = None,
     device: Device = "auto",
+    on_error: OnError = "stop",
+    resume: Resume = False,
     head_fusion: Fusion = "mean",
     discard_ratio: Discard = 0.0,
     kind: Annotated[
@@ -207,9 +217,9 @@ def rollout(
         raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
     folder, formats, photographs = _prepare(images, paths, out, limit, format)
     loaded = _load(model)
-    run = _attention_run(loaded, photographs, batch_size, device, keep_images=SHOWN_IMAGES)
+    run = _attention_run(loaded, photographs, batch_size, device, on_error, keep_images=SHOWN_IMAGES)
     measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
-    _observe(run, measure)
+    _observe(run, folder, resume, measure)
     result = measure.compute(run.provenance(measure.options), names=run.images.names, images=run.images.kept())
     axes = result.plot(kind=kind, count=count)
     terminal.report(write_analysis(result, axes, folder, "rollout", formats), result.summary())
@@ -226,8 +236,7 @@ def models() -> None:
         ("hf:ORG/NAME", "such a folder from the Hugging Face Hub, hf:facebook/dinov2-small for one"),
         ("timm:NAME", "timm's weights from the Hub, timm:vit_base_patch16_224.augreg_in21k for one"),
         ("torchvision:NAME[.WEIGHTS]", "a classifier of torchvision, torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1 for one"),
-        ("open_clip:ARCH/TAG", "the image tower of open_clip's model, open_clip:ViT-B-32/laion2b_s34b_b79k for one"),
-        ("open_clip:ARCH/PATH", "the same with a checkpoint file; also open_clip:hf-hub:ORG/NAME"),
+        ("open_clip:ARCH/TAG", "open_clip's image tower, open_clip:ViT-B-32/laion2b_s34b_b79k for one; also ARCH/PATH"),
     ]
     terminal.print_table(["--model", "what is read"], rows)
 
@@ -271,12 +280,21 @@ def _if_possible(what: str, make: Callable[[], Made]) -> Made | None:
         return None
 
 
-def _attention_run(model: nn.Module, images: list[Any], batch_size: int, device: str, keep_images: int = 0) -> AttentionRun:
+def _attention_run(
+    model: nn.Module, images: list[Any], batch_size: int, device: str, on_error: Literal["stop", "skip"], keep_images: int = 0
+) -> AttentionRun:
     from vit_probe.run import AttentionRun
 
-    return AttentionRun(model, images, batch_size=batch_size, device=device, keep_images=keep_images)
+    return AttentionRun(model, images, batch_size=batch_size, device=device, on_error=on_error, keep_images=keep_images)
 
 
-def _observe(run: AttentionRun, *measures: AttentionObserver) -> None:
+def _observe(run: AttentionRun, folder: Path, resume: bool, *measures: AttentionObserver) -> None:
+    """Keeps the state in `folder` until the run is through."""
+    state = folder / "run-state.safetensors"
+    if not resume:
+        state.unlink(missing_ok=True)
     with terminal.progress(run.images.count) as advance:
-        run.observe(*measures, progress=advance)
+        run.observe(*measures, progress=advance, state=state)
+    state.unlink()
+    for name, reason in run.images.skipped:
+        terminal.complain(f"note: {name} is left out: {reason}")

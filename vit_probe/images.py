@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from glob import glob, has_magic
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +19,23 @@ from torch import Tensor
 
 from vit_probe.errors import InputError
 
-__all__ = ["Preprocessing", "as_triple", "find_images", "read_image", "sample_photographs"]
+__all__ = [
+    "UNREADABLE",
+    "Preprocessing",
+    "as_triple",
+    "check_image",
+    "decode_image",
+    "decoding",
+    "expand_source",
+    "find_images",
+    "read_image",
+    "sample_photographs",
+]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises on files that it cannot read."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -53,8 +70,13 @@ class Preprocessing:
         return replace(self, size=size, resize=(round(self.resize[0] * ratio), round(self.resize[1] * ratio)))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "channel height width"]:
-        pixels = torch.from_numpy(np.array(self.crop(image))).permute(2, 0, 1).float() / 255
-        return ((pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]).contiguous()
+        # NumPy: torch would start threads of its own in each thread that prepares images.
+        mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (self.mean, self.std))
+        pixels = np.asarray(self.crop(image)).transpose(2, 0, 1).astype(np.float32, order="C")
+        pixels /= 255
+        pixels -= mean
+        pixels /= std
+        return torch.from_numpy(pixels)
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The part of the photograph that the model sees, as RGB of `size` pixels."""
@@ -83,21 +105,48 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         InputError: If there is no such file, it is no image, or it is truncated.
     """
+    with decoding(str(path)), Image.open(path) as image:
+        return _rgb(image, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The same of an image file's bytes; `name` is for the errors."""
+    with decoding(name), Image.open(BytesIO(data)) as image:
+        return _rgb(image, name)
+
+
+def check_image(path: str | Path) -> None:
+    """Looks whether a photograph can be read, as far as that can be told without decoding it: an error of `read_image`.
+
+    The header is read, and of a PNG file the checksums. JPEG files have none: one that is cut off passes.
+    """
     try:
         with Image.open(path) as image:
-            return _rgb(image, str(path))
-    except FileNotFoundError:
-        raise InputError(f"there is no image file {path}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that can be read") from None
+            known = image.mode not in ("I", "F")
+            image.verify()
+    except UNREADABLE:
+        known = False
+    if not known:  # Pillow decodes some files that do not pass `verify`, so this is only a suspicion.
+        read_image(path)
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Says as an InputError what is wrong with the image `name` that Pillow cannot read."""
+    try:
+        yield
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"there is no image file {name}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not an image that can be read") from None
     except Image.DecompressionBombError:
         raise InputError(
-            f"{path} has more pixels than is safe to decode; reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"{name} has more pixels than is safe to decode; reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be decoded ({error}); the file may be truncated") from None
+    except UNREADABLE as error:
+        raise InputError(f"{name} cannot be decoded ({error}); the file may be truncated") from None
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -113,25 +162,43 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def find_images(sources: Sequence[str | Path]) -> list[Path]:
-    """The image files that `sources` name, in order; folders are searched to the bottom, sorted, without hidden files.
+    """The image files that `sources` name, in order: files, folders and patterns; see `expand_source`.
 
     Raises:
-        InputError: If a source does not exist, or a folder holds no image.
+        InputError: If a source does not exist, a folder holds no image, or a pattern matches none.
     """
     found: list[Path] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            endings = {ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS}
-            inside = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in endings)
-            files = sorted(source / path for path in inside if not any(part.startswith(".") for part in path.parts))
-            if not files:
-                raise InputError(f"the folder {source} holds no image file")
-            found += files
-        elif source.is_file():
-            found.append(source)
-        else:
+    for source in sources:
+        files = expand_source(source)
+        if files == [Path(source)] and not files[0].is_file():
             raise InputError(f"there is no image file or folder {source}")
+        found += files
     return found
+
+
+def expand_source(source: str | Path) -> list[Path]:
+    """The image files of a folder, searched to the bottom, or those that match a pattern such as `photos/**/*.jpg`.
+
+    They are told by their endings and sorted, without hidden ones. Anything else is a file, whether there is one or not.
+
+    Raises:
+        InputError: If a folder holds no image, or a pattern matches none.
+    """
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS}
+    path = Path(source)
+    if path.is_dir():
+        inside = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in endings)
+        files = sorted(path / file for file in inside if not any(part.startswith(".") for part in file.parts))
+        if not files:
+            raise InputError(f"the folder {source} holds no image file")
+        return files
+    if has_magic(str(source)) and not path.exists():
+        matching = map(Path, glob(str(source), recursive=True))
+        files = sorted(file for file in matching if file.suffix.lower() in endings and file.is_file())
+        if not files:
+            raise InputError(f"the pattern {source} matches no image file")
+        return files
+    return [path]
 
 
 def sample_photographs(count: int = 128) -> list[Image.Image]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.geometry import TokenGrid, first_parameter
 from vit_probe.hooks import attention_hooks
 from vit_probe.images import Preprocessing
+from vit_probe.measure import Measure
 from vit_probe.results import software_versions, weights_sha256
 from vit_probe.routing import ForwardStopped, evaluated
+from vit_probe.state import RunState, read_state, write_state
 from vit_probe.stream import Images, ImageStream
 from vit_probe.survey import survey
 from vit_probe.tiles import AttentionObserver
@@ -36,6 +41,7 @@ class AttentionRun:
         device: `auto` leaves a model where it is unless that is the CPU, and then takes CUDA or MPS where there is one;
             or a device of torch. The model is moved back afterwards.
         keep_images: How many photographs to keep for display; see `ImageStream.kept`.
+        on_error: What becomes of a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
 
     Attributes:
         layers, skipped, windows: See `vit_probe.survey.Survey`.
@@ -54,37 +60,103 @@ class AttentionRun:
         batch_size: int = 16,
         device: str = "auto",
         keep_images: int = 0,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.model = model
         self._home = first_parameter(model).device
         self.device = self._home if device == "auto" and self._home.type != "cpu" else select_device(device)
         preprocessing = preprocessing or getattr(model, "preprocessing", None)
-        self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images)
+        self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images, on_error=on_error)
         with self._on_device():
             found = survey(model, *self.images.image_size, grid=grid)
+        self._at_once: int | None = None  # images that memory holds, where it does not hold a batch
         self.grid, self.windows, self.layers, self.skipped = found.grid, found.windows, found.layers, found.skipped
 
-    def observe(self, *measures: AttentionObserver, progress: Callable[[int], None] | None = None) -> None:
+    def observe(
+        self,
+        *measures: AttentionObserver,
+        progress: Callable[[int], None] | None = None,
+        state: Path | None = None,
+        every: int = 20,
+    ) -> None:
         """Shows `measures` the attention of every layer on every image; `progress` is told the images of each batch.
 
-        Each forward pass ends after the last layer's attention.
+        Each forward pass ends after the last layer's attention. A batch that memory does not hold is halved, and so are those
+        after it.
+
+        Args:
+            measures: Observers for `attention_hooks`; with `state`, measures of this package.
+            progress: Called after each batch; with what was done before, where the run goes on.
+            state: A file that keeps how far the run has come. Where it is there already, the run goes on from it, and ends with
+                the numbers of a run that was never interrupted.
+            every: Batches after which the state is written.
 
         Raises:
-            InputError: If a measure cannot use the attention, or the images are not as they were announced.
+            InputError: If a measure cannot use the attention, the images are not as they were announced, or the state is of
+                another run.
         """
+        keeping = [measure for measure in measures if isinstance(measure, Measure)] if state is not None else []
+        if state is not None:
+            if len(keeping) < len(measures):
+                raise InputError("a run with observers that cannot be kept (see vit_probe.measure.Measure) has no state")
+            identity = self._identity(keeping)
+            if (found := read_state(state, identity)) is not None:
+                self.images.go_on(found.images)
+                for measure, values in zip(keeping, found.measures, strict=True):
+                    measure.restore(values)
+                if progress is not None:
+                    progress(len(found.images["names"]))
         dtype = first_parameter(self.model).dtype
         with self._on_device(), evaluated(self.model), attention_hooks(self.model, *measures) as hooks:
             hooks.stop_after = len(self.layers) - 1
-            for batch in self.images:
-                with suppress(ForwardStopped):
-                    self.model(batch.to(self.device, dtype))
-                if progress is not None:
-                    progress(len(batch))
+            for number, batch in enumerate(self.images, start=1):
+                self._show(batch.to(self.device, dtype), measures)
                 if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():
                     raise InputError(
                         f"{type(self.model).__name__} attends otherwise in this batch than before: its layers were "
                         f"{self.layers}, now they are {hooks.layers}, and {hooks.skipped} were passed by"
                     )
+                if progress is not None:
+                    progress(len(batch))
+                if state is not None and number % every == 0:
+                    write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in keeping]))
+        if state is not None:
+            write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in keeping]))
+
+    def _identity(self, measures: Sequence[Measure]) -> dict[str, Any]:
+        """What a state must be of to be gone on with."""
+        return {
+            "model": self._model_provenance["weights_sha256"],
+            "images": self.images.identity(),
+            "preprocessing": asdict(self.images.preprocessing) if self.images.preprocessing else None,
+            "grid": asdict(self.grid),
+            "batch size": self.images.batch_size,
+            "measures": [[type(measure).__name__, measure.options] for measure in measures],
+        }
+
+    def _show(self, batch: Float[Tensor, "image channel height width"], measures: Sequence[AttentionObserver]) -> None:
+        """Takes a batch through the model; in halves, and later batches too, where memory does not hold it."""
+        waiting = list(batch.split(self._at_once or len(batch)))
+        while waiting:
+            part = waiting.pop(0)
+            for measure in measures:
+                if isinstance(measure, Measure):
+                    measure.begin_batch()
+            try:
+                with suppress(ForwardStopped):
+                    self.model(part)
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has none of its own
+                full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not full or len(part) == 1 or not all(isinstance(measure, Measure) for measure in measures):
+                    raise
+                for measure in measures:
+                    measure.roll_back()  # type: ignore[attr-defined]
+                if self._at_once is None:
+                    warnings.warn(
+                        f"memory does not hold {len(part)} images; fewer are taken at once", AssumptionWarning, stacklevel=4
+                    )
+                self._at_once = len(part) // 2
+                waiting = [piece for whole in (part, *waiting) for piece in whole.split(self._at_once)]
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -1,12 +1,17 @@
-"""Photographs, files or tensors as a stream of batches for a model."""
+"""Photographs, files, datasets or tensors as a stream of batches for a model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,137 +19,261 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vit_probe.ahead import ahead, mapped
 from vit_probe.errors import InputError
-from vit_probe.images import Preprocessing, find_images, read_image
+from vit_probe.images import Preprocessing, check_image, decode_image, decoding, read_image
+from vit_probe.items import Drawn
+from vit_probe.sources import Batches, IndexedImages, Share, open_source
 
 __all__ = ["ImageStream", "Images"]
 
 Images = Tensor | str | Path | Iterable[Any]
-"""A preprocessed tensor (batch, channel, height, width); a photograph, file or folder; a sequence of photographs or
-files; or any iterable of preprocessed batches (of which a tuple's first entry is taken, as from a labelled DataLoader)."""
+"""A preprocessed tensor (batch, channel, height, width); a photograph, file, folder or pattern (`photos/**/*.jpg`), or a
+sequence of these; a dataset of torch or Hugging Face, or any sequence or iterable, of photographs, files or preprocessed
+tensors (channel, height, width); or any iterable of preprocessed batches. Of a tuple the first entry is taken, as from a
+labelled dataset, of a dictionary `image` (or `img`, `pixel_values`)."""
 
-_PHOTOGRAPH = str | Path | Image.Image
+_AHEAD = 2  # batches
 
 
 class ImageStream:
     """Batches of preprocessed images from whatever the user gave, with names and a hash for provenance.
 
+    Photographs are read, decoded and prepared by a few threads, at most two batches ahead of whoever takes the batches.
+    Datasets and iterables of images are asked for one image at a time, in order, by one thread. Iterables of batches are
+    drawn when a batch is needed, by whoever takes it: a `DataLoader` has workers of its own.
+
     Args:
-        images: See `Images`.
-        preprocessing: Needed for photographs and files; batches of tensors are taken as they are.
+        images: See `Images`. Their order is taken to be the same each time.
+        preprocessing: Needed for photographs and files; tensors are taken as they are.
         batch_size: Images a batch, where this class forms the batches.
         keep: How many photographs to keep for display, from the first, as the model saw them.
+        on_error: What becomes of a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
+        start: How many images to pass over at the start, without decoding them. Those of an iterable are drawn and dropped.
+        shard: (rank, processes): only images whose index in the whole list leaves `rank` when divided by `processes`.
 
     Attributes:
         image_size: Height and width in pixels of what the model sees.
+        count: Images that there are to go through, broken ones included, after `start` and `shard`; None if not known.
+        names: Of the images that the last iteration has given so far.
+        indices: Their numbers in the whole list, from 0.
+        skipped: Name and reason of each photograph that it has left out.
+        position: How many images of the whole list it is past: the `start` with which another stream goes on after the
+            batch given last.
 
     Raises:
-        InputError: If the images are of no known kind, there are none, or a file cannot be read (all files are decoded
-            once at the start, so that a long run does not end at its last file).
+        InputError: If the images are of no known kind, there are none, or, with `stop`, a file is missing or, as far as
+            its header and checksums tell, cannot be read. What only decoding shows comes up in its place.
     """
 
-    def __init__(self, images: Images, preprocessing: Preprocessing | None, *, batch_size: int = 16, keep: int = 0) -> None:
+    def __init__(
+        self,
+        images: Images,
+        preprocessing: Preprocessing | None,
+        *,
+        batch_size: int = 16,
+        keep: int = 0,
+        on_error: Literal["stop", "skip"] = "stop",
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        self.preprocessing = preprocessing
-        self.batch_size = batch_size
-        self.names: list[str] = []
-        self.count: int | None = None
-        self._digest = hashlib.sha256()
+        if on_error not in ("stop", "skip"):
+            raise InputError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
+        self.preprocessing, self.batch_size, self.on_error = preprocessing, batch_size, on_error
+        self._share = Share(start, *shard)
         self._keep = keep
-        self._kept: list[np.ndarray] = []
-        self._photographs: list[Any] = []
-        self._given: Iterable[Any] = ()
-        if isinstance(images, str | Path):
-            images = find_images([images])
-        elif isinstance(images, Image.Image):
-            images = [images]
-        elif isinstance(images, Tensor):
-            self.count = len(_checked(images))
-            images = [images[start : start + batch_size] for start in range(0, self.count, batch_size)]
-        if not isinstance(images, Iterable):
-            raise InputError(
-                f"images must be a tensor, photographs, paths or an iterable of batches, got {type(images).__name__}"
-            )
-        if isinstance(images, list | tuple) and images and isinstance(images[0], _PHOTOGRAPH):
-            self.image_size = self._open_photographs(list(images))
-        else:
-            self.image_size = self._open_batches(iter(images))
-
-    def _open_photographs(self, photographs: list[Any]) -> tuple[int, int]:
-        if not all(isinstance(item, _PHOTOGRAPH) for item in photographs):
-            raise InputError("a list of photographs must hold PIL images or paths only")
-        if self.preprocessing is None:
+        self._done: Mapping[str, Any] | None = None
+        self._begin()
+        self._source = open_source(images, batch_size)
+        total, first = self._source.total, self._source.first
+        if total is not None and start > total:
+            raise InputError(f"start is {start}, but there are {total} images")
+        self.count = None if total is None else len(self._share.indices(total))
+        if isinstance(first, Tensor):
+            height, width = first.shape[-2:]
+            self.image_size = (height, width)
+        elif preprocessing is None:
             raise InputError(
                 "this model does not say how photographs are prepared for it; pass preprocessing=Preprocessing(...) or tensors"
             )
-        for item in photographs:
-            if not isinstance(item, Image.Image):
-                read_image(item)
-        self._photographs, self.count = photographs, len(photographs)
-        return self.preprocessing.size
+        else:
+            self.image_size = preprocessing.size
+        if on_error == "stop" and isinstance(self._source, IndexedImages):
+            for _ in mapped(check_image, self._source.files(self._share)):
+                pass
 
-    def _open_batches(self, batches: Iterator[Any]) -> tuple[int, int]:
-        first = next(batches, None)
-        if first is None:
-            raise InputError("there are no images; pass at least one")
-        self._given = chain([first], batches)
-        height, width = _checked(first).shape[2:]
-        return height, width
+    def identity(self) -> str:
+        """A hash of the whole list of images, made without decoding any, that tells it from other lists.
+
+        Of files it takes paths as given and sizes; of tensors, and photographs in memory, the numbers; of datasets and
+        iterables their class, their length if they have one, and kind and shape of the first image.
+        """
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        return self._source.identity()
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch channel height width"]]:
-        """Goes through the images; for an iterable of batches, once only."""
-        self.names, self._digest, self._kept = [], hashlib.sha256(), []
-        for batch in self._batches():
-            if tuple(batch.shape[-2:]) != self.image_size:
-                raise InputError(
-                    f"images of {batch.shape[-2]} x {batch.shape[-1]} pixels follow ones of {self.image_size[0]} x "
-                    f"{self.image_size[1]}; measure one size at a time"
-                )
-            if self.preprocessing is not None and (missing := self._keep - sum(map(len, self._kept))) > 0:
-                self._kept.append(self.preprocessing.denormalize(batch[:missing]))
-            yield batch
+        """Goes through the images; for an iterator, such as a generator, once only."""
+        self._begin()
+        if self._done is not None:
+            self._keep_again()
+            self._done = None
+        with closing(self._given() if isinstance(self._source, Batches) else self._prepared()) as batches:
+            for batch in batches:
+                self.names += batch.names
+                self.indices += batch.indices
+                self.skipped += batch.skipped
+                self.position = batch.position
+                self._digests += batch.digests
+                if batch.images is None:
+                    continue
+                if self.preprocessing is not None and (missing := self._keep - sum(map(len, self._kept))) > 0:
+                    self._kept.append(self.preprocessing.denormalize(batch.images[:missing]))
+                yield batch.images
+        if self.skipped and not self.names and self._share == Share():
+            name, reason = self.skipped[0]
+            raise InputError(f"none of the {len(self.skipped)} images can be read; the first, {name}: {reason}")
 
     def kept(self) -> np.ndarray | None:
         """The photographs kept for display, uint8 (image, height, width, channel); None where no preprocessing is known."""
         return np.concatenate(self._kept) if self._kept else None
 
-    def _batches(self) -> Iterator[Tensor]:
-        for start in range(0, len(self._photographs), self.batch_size):
-            yield torch.stack([self._prepare(item) for item in self._photographs[start : start + self.batch_size]])
-        for batch in self._given:
-            yield self._seen(_checked(batch))
-
     def provenance(self) -> dict[str, Any]:
-        """Number, names and hash of the images that the last iteration went through."""
-        return {"count": len(self.names), "names": self.names, "sha256": self._digest.hexdigest()}
+        """Number, names and hash of the images that the last iteration went through, and why others were left out."""
+        skipped: dict[str, str] = {}
+        times = Counter[str]()
+        for name, reason in self.skipped:
+            times[name] += 1
+            skipped[name if times[name] == 1 else f"{name} ({times[name]})"] = reason
+        digest = hashlib.sha256("".join(self._digests).encode()).hexdigest()
+        return {"count": len(self.names), "names": self.names, "sha256": digest, "skipped": skipped}
 
-    def _prepare(self, item: str | Path | Image.Image) -> Tensor:
-        if isinstance(item, Image.Image):
-            image, name = item, item.info.get("name", f"image {len(self.names)}")
-        else:
-            image, name = read_image(item), Path(item).name
-        assert self.preprocessing is not None
-        self.names.append(str(name))
-        self._digest.update(image.tobytes())
-        return self.preprocessing(image)
+    def state(self) -> dict[str, Any]:
+        """What `go_on` needs to go on after the batch given last."""
+        return {"position": self.position, "digests": self._digests} | {
+            name: getattr(self, name) for name in ("names", "indices", "skipped")
+        }
 
-    def _seen(self, batch: Tensor) -> Tensor:
-        first = len(self.names)
-        self.names += [f"image {index}" for index in range(first, first + len(batch))]
-        self._digest.update(batch.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return batch
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Has the next iteration begin where `state` was taken, of a stream of the same images, with what came before."""
+        self._done = state
+
+    def _begin(self) -> None:
+        done = self._done or {}
+        self.names: list[str] = list(done.get("names", ()))
+        self.indices: list[int] = list(done.get("indices", ()))
+        self.skipped: list[tuple[str, str]] = [(name, reason) for name, reason in done.get("skipped", ())]
+        self.position = int(done.get("position", self._share.start))
+        self._digests: list[str] = list(done.get("digests", ()))
+        self._kept: list[np.ndarray] = []
+
+    def _keep_again(self) -> None:
+        """Prepares the photographs once more that are kept for display and that an earlier run went through."""
+        if self.preprocessing is None or not isinstance(self._source, IndexedImages):
+            return
+        for drawn in self._source.draw(self._share):
+            if drawn.index >= self.position or sum(map(len, self._kept)) >= self._keep:
+                break
+            image = self._prepare(drawn).image
+            if image is not None:
+                self._kept.append(self.preprocessing.denormalize(image[None]))
+
+    def _given(self) -> Generator[_Batch, None, None]:
+        """Batches that were given as such."""
+        assert isinstance(self._source, Batches)
+        for indices, images in self._source.draw(replace(self._share, start=self.position)):
+            self._check_size(images)
+            digests = [hashlib.sha256(_numbers(image)).hexdigest() for image in images]
+            yield _Batch(images, [f"image {index}" for index in indices], list(indices), digests, indices[-1] + 1)
+
+    def _prepared(self) -> Generator[_Batch, None, None]:
+        """Batches of images, prepared ahead."""
+        assert not isinstance(self._source, Batches)
+        stopped = Event()
+        drawn = takewhile(lambda _: not stopped.is_set(), self._source.draw(replace(self._share, start=self.position)))
+        return ahead(self._batched(mapped(self._prepare, drawn)), _AHEAD, stopped)
+
+    def _prepare(self, drawn: Drawn) -> _Prepared:
+        """What a worker does for one image."""
+        item = drawn.item
+        try:
+            if isinstance(item, InputError):
+                raise item
+            if isinstance(item, Tensor):
+                return _Prepared(drawn, item, hashlib.sha256(_numbers(item)).hexdigest())
+            if not isinstance(item, Image.Image):
+                item = decode_image(item, drawn.name) if isinstance(item, bytes) else read_image(item)
+            assert self.preprocessing is not None
+            with decoding(drawn.name):
+                return _Prepared(drawn, self.preprocessing(item), hashlib.sha256(item.tobytes()).hexdigest())
+        except InputError as error:
+            if self.on_error == "stop":
+                raise
+            return _Prepared(drawn, reason=str(error))
+
+    def _batched(self, prepared: Generator[_Prepared, None, None]) -> Generator[_Batch, None, None]:
+        """Gathers images into batches."""
+        batch, images = _Batch(), list[Tensor]()
+        with closing(prepared):
+            for one in prepared:
+                batch.position = one.drawn.index + 1
+                if one.image is None:
+                    batch.skipped.append((one.drawn.name, one.reason))
+                    continue
+                self._check_size(one.image)
+                images.append(one.image)
+                batch.names.append(one.drawn.name)
+                batch.indices.append(one.drawn.index)
+                batch.digests.append(one.digest)
+                if len(images) == self.batch_size:
+                    batch.images = _stacked(images)
+                    yield batch
+                    batch, images = _Batch(), []
+        if images or batch.skipped:
+            batch.images = _stacked(images) if images else None
+            yield batch
+
+    def _check_size(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        if (height, width) != self.image_size:
+            raise InputError(
+                f"images of {height} x {width} pixels follow ones of {self.image_size[0]} x {self.image_size[1]}; measure one "
+                "size at a time"
+            )
 
 
-def _checked(batch: Any) -> Float[Tensor, "batch channel height width"]:
-    """The batch, without its labels; InputError unless it is one of preprocessed images."""
-    batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(batch, Tensor) or batch.ndim != 4:
-        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
-        raise InputError(
-            f"images as tensors have the shape (batch, channel, height, width), got {type(batch).__name__}{shape}; "
-            "photographs are PIL images or paths, in a list"
-        )
-    if not batch.is_floating_point():
-        raise InputError(f"images are {batch.dtype}; tensors must be preprocessed as the model expects them, as floats")
-    return batch
+@dataclass
+class _Prepared:
+    """An image as the model takes it, with the hash of its pixels; or why there is none."""
+
+    drawn: Drawn
+    image: Tensor | None = None
+    digest: str = ""
+    reason: str = ""
+
+
+@dataclass
+class _Batch:
+    """Images, and how things stand after them; None where all that was left was broken."""
+
+    images: Tensor | None = None
+    names: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    position: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _numbers(images: Tensor) -> Any:
+    return images.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _stacked(images: list[Tensor]) -> Float[Tensor, "batch channel height width"]:
+    """The images as one tensor; by NumPy where it can, as torch would start threads of its own in this one."""
+    if all(image.dtype == torch.float32 and image.device.type == "cpu" for image in images):
+        return torch.from_numpy(np.stack([image.detach().numpy() for image in images]))
+    return torch.stack(images)

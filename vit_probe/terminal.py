@@ -72,11 +72,17 @@ def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
 
 @contextmanager
 def progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, if that is a terminal; yields what is told the number of images done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """A bar with rate and time left on standard error, if that is a terminal; yields what is told the number of images done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.{0 if speed >= 10 else 1}f} images/s")
 
     console = Console(stderr=True)
-    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), Rate(), TextColumn("left"), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=total)
         yield lambda count: bar.advance(task, count)

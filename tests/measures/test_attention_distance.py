@@ -220,7 +220,7 @@ def result() -> AttentionDistanceResult:
 
 def test_dataframe_has_a_row_a_head(result: AttentionDistanceResult) -> None:
     frame = result.to_dataframe()
-    measured = ["distance", "std", "patch_mass", "uniform_distance", "num_windows", "num_images"]
+    measured = ["distance", "std", "confidence", "patch_mass", "uniform_distance", "num_windows", "num_images"]
     assert list(frame) == ["layer", "module", "head", *measured]
     assert frame.module.tolist() == [f"blocks.{layer}.attn" for layer in (0, 0, 1, 1, 2, 2)]
     assert frame[["layer", "head"]].to_numpy().tolist() == [[layer, head] for layer in range(3) for head in range(2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from vit_probe.measures.moments import Moments
 
@@ -27,5 +28,8 @@ def test_any_split_gives_the_moments_of_all(parts: list[int], offset: float, see
     np.testing.assert_allclose(together.mean, values.mean(axis=0), rtol=1e-12, atol=1e-12)
     if len(values) > 1:
         np.testing.assert_allclose(together.std(), values.std(axis=0, ddof=1), rtol=1e-6)
+        _, high = stats.t.interval(0.95, len(values) - 1, loc=0, scale=stats.sem(values, axis=0))
+        np.testing.assert_allclose(together.confidence(), high, rtol=1e-6)
     else:
         assert np.isnan(together.std()).all()
+        assert np.isnan(together.confidence()).all()

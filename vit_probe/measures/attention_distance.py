@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
+from vit_probe.measures.image_means import ImageMeans, wide
 from vit_probe.measures.moments import Moments
 from vit_probe.results import Result, check_finite
 from vit_probe.run import AttentionRun
@@ -37,6 +39,8 @@ class AttentionDistanceResult(Result):
         distance: (layer, head), pixels of the model's input, mean over images and query patches; NaN where a layer has fewer
             heads than others.
         std: (layer, head), pixels, standard deviation over images of an image's mean (n - 1; NaN for one image).
+        confidence: (layer, head), pixels, half the width of the 95 % confidence interval of the mean over all images that these
+            are drawn from (Student's t; NaN for one image).
         patch_mass: (layer, head), the part of patch queries' attention that falls on patches, mean over images and queries.
         uniform_distance: (layer), pixels; the distance of a head that attends alike to all patches that it may see.
         num_windows: (layer), windows that attention is kept within; 1 where it is over the whole image.
@@ -47,6 +51,7 @@ class AttentionDistanceResult(Result):
 
     distance: np.ndarray
     std: np.ndarray
+    confidence: np.ndarray
     patch_mass: np.ndarray
     uniform_distance: np.ndarray
     num_windows: np.ndarray
@@ -55,7 +60,8 @@ class AttentionDistanceResult(Result):
     prefix: Prefix
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, module, head, distance, std, patch_mass, uniform_distance (pixels), num_windows, num_images.
+        """One row a head: layer, module, head, distance, std, confidence, patch_mass, uniform_distance (pixels), num_windows,
+        num_images.
 
         Its `attrs["skipped"]` names the attention of the model that is no self-attention and so not in the table, with the
         reason.
@@ -68,6 +74,7 @@ class AttentionDistanceResult(Result):
                 "head": head,
                 "distance": self.distance[layer, head],
                 "std": self.std[layer, head],
+                "confidence": self.confidence[layer, head],
                 "patch_mass": self.patch_mass[layer, head],
                 "uniform_distance": self.uniform_distance[layer],
                 "num_windows": self.num_windows[layer],
@@ -164,8 +171,8 @@ class AttentionDistance:
         self.windows = dict(windows or {})
         self._sums: list[Moments] = []
         self._modules: list[str] = []
-        self._pending: Tensor | None = None
-        self._of_windows: list[Float[np.ndarray, "2 window head"]] = []
+        self._before: tuple[list[Moments], list[str]] = [], []
+        self._means = ImageMeans(grid, self.windows, partial(_distance_and_mass, prefix=prefix))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -174,61 +181,33 @@ class AttentionDistance:
 
     def update(self, tile: AttentionTile) -> None:
         """Adds a tile. An image counts once the last query of its last window has come."""
-        windows = self.windows.get(tile.layer)
-        if windows is None:
-            self.grid.check_tokens(tile.num_tokens)
-        if tile.images.start == tile.queries.start == 0:
-            self._of_windows = []  # of a pass that broke off
-        if tile.queries.start == 0:
-            count, heads = tile.probabilities.shape[:2]
-            device = tile.probabilities.device
-            self._pending = torch.zeros(2, count, heads, dtype=_wide(device), device=device)
-        assert self._pending is not None
-        if windows is None:
-            self._add_whole(tile, self._pending)
-        else:
-            self._add_windows(tile, windows, self._pending)
-        if tile.queries.stop == tile.num_tokens:
+        means = self._means.add(tile)
+        if means is not None:
             while len(self._sums) <= tile.layer:
-                self._sums.append(Moments.none(2, self._pending.shape[-1]))
+                self._sums.append(Moments.none(2, means.shape[-1]))
                 self._modules.append(tile.name)
-            self._add_images(self._pending.cpu().double().numpy(), tile.layer, windows)
-            self._pending = None
+            self._sums[tile.layer].merge(Moments.of(means))
 
-    def _add_whole(self, tile: AttentionTile, sums: Float[Tensor, "2 image head"]) -> None:
-        first = self.grid.num_prefix_tokens
-        start, stop = max(tile.queries.start - first, 0), max(tile.queries.stop - first, 0)
-        if stop > start:
-            patches = tile.probabilities[:, :, start + first - tile.queries.start :, first:]
-            distances = self.grid.distances(start, stop, device=patches.device)
-            sums += _distance_and_mass(patches, distances, self.prefix).sum(dim=-1)
+    def begin_batch(self) -> None:
+        """Marks where `roll_back` goes back to."""
+        self._before = [sums.copy() for sums in self._sums], list(self._modules)
 
-    def _add_windows(self, tile: AttentionTile, windows: Windows, sums: Float[Tensor, "2 window head"]) -> None:
-        if tile.num_tokens != windows.patches.shape[1]:
-            raise InputError(
-                f"attention of layer {tile.layer} ({tile.name}) is over {tile.num_tokens} tokens, but its windows have "
-                f"{windows.patches.shape[1]}; pass the windows of the images that the model saw"
-            )
-        # Sums over the queries of each window; an image's windows follow each other.
-        which = torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
-        is_patch = windows.is_patch[which].to(sums.device)
-        distances = windows.distances(which, tile.queries).to(sums.device)
-        patches = tile.probabilities * is_patch[:, None, None, :]
-        sums += (_distance_and_mass(patches, distances[:, None], self.prefix) * is_patch[:, None, tile.queries]).sum(dim=-1)
+    def roll_back(self) -> None:
+        """Forgets what came since `begin_batch`."""
+        self._sums, self._modules = self._before
 
-    def _add_images(self, sums: Float[np.ndarray, "2 window head"], layer: int, windows: Windows | None) -> None:
-        """Adds the sums of whole windows; those of an image that is not complete yet wait for the rest of it."""
-        if windows is None:
-            self._sums[layer].merge(Moments.of((sums / self.grid.num_patches).swapaxes(0, 1)))
-            return
-        self._of_windows.append(sums)
-        waiting, count = np.concatenate(self._of_windows, axis=1), len(windows.patches)
-        images = waiting.shape[1] // count
-        if images:
-            whole = waiting[:, : images * count].reshape(2, images, count, -1).sum(axis=2)
-            self._sums[layer].merge(Moments.of((whole / windows.grid.num_patches).swapaxes(0, 1)))
-        rest = waiting[:, images * count :]
-        self._of_windows = [rest] if rest.size else []
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
+        arrays = {f"{layer}.{name}": value for layer, sums in enumerate(self._sums) for name, value in sums.state().items()}
+        return arrays | {"modules": self._modules}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to where `state` was taken, of a measure with the same grid, windows and options."""
+        self._modules = list(state["modules"])
+        self._sums = [
+            Moments(state[f"{layer}.count"], state[f"{layer}.mean"], state[f"{layer}.squares"])
+            for layer in range(len(self._modules))
+        ]
 
     def merge(self, other: AttentionDistance) -> None:
         """Adds what `other` has seen. Either may have seen nothing.
@@ -266,6 +245,7 @@ class AttentionDistance:
         return AttentionDistanceResult(
             distance=_table([layer.mean[0] for layer in self._sums]),
             std=_table([layer.std()[0] for layer in self._sums]),
+            confidence=_table([layer.confidence()[0] for layer in self._sums]),
             patch_mass=_table([layer.mean[1] for layer in self._sums]),
             uniform_distance=np.array([(window or self.grid).uniform_distance() for window in windows]),
             num_windows=np.array([1 if window is None else len(window.patches) for window in windows]),
@@ -289,12 +269,7 @@ def _distance_and_mass(
 ) -> Float[Tensor, "2 image head query"]:
     """The attention-weighted distance of each query, and the attention that falls on patches."""
     sums = torch.stack([torch.linalg.vecdot(attention, distances.to(attention)), attention.sum(dim=-1)])
-    distance, mass = sums.to(_wide(attention.device))
+    distance, mass = sums.to(wide(attention.device))
     if prefix == "renormalize":
         distance = distance / mass.clamp_min(torch.finfo(attention.dtype).tiny)
     return torch.stack([distance, mass])
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """The type for sums: float64, which MPS does not know."""
-    return torch.float32 if device.type == "mps" else torch.float64

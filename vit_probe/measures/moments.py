@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import t
 
 __all__ = ["Moments"]
 
@@ -34,6 +35,10 @@ class Moments:
         mean = values.mean(axis=0)
         return cls(len(values), mean, ((values - mean) ** 2).sum(axis=0))
 
+    def copy(self) -> Moments:
+        """One that later additions do not change."""
+        return Moments(self.count, self.mean, self.squares)
+
     def merge(self, other: Moments) -> None:
         """Adds the images of `other`."""
         total = self.count + other.count
@@ -43,6 +48,16 @@ class Moments:
         self.squares = self.squares + other.squares + step**2 * (self.count * other.count / total)
         self.mean = self.mean + step * (other.count / total)
         self.count = total
+
+    def state(self) -> dict[str, int | np.ndarray]:
+        """Its fields by name."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def confidence(self, level: float = 0.95) -> Float[np.ndarray, "*values"]:
+        """Half the width of the confidence interval of the mean, after Student's t; NaN for one image."""
+        if self.count < 2:
+            return np.full_like(self.squares, np.nan)
+        return self.std() / np.sqrt(self.count) * t.ppf((1 + level) / 2, self.count - 1)
 
     def std(self) -> Float[np.ndarray, "*values"]:
         """Standard deviation over images (n - 1); NaN for one image."""

@@ -176,6 +176,25 @@ class AttentionRollout:
         if tile.queries.stop == tile.num_tokens:
             self._advance(tile.layer, tile.images)
 
+    def begin_batch(self) -> None:
+        """Marks where `roll_back` goes back to."""
+        self._finish_batch()
+
+    def roll_back(self) -> None:
+        """Forgets what came since `begin_batch`."""
+        self._rollouts, self._reached, self._layer = [], [], None
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
+        self._finish_batch()
+        maps = np.concatenate(self._maps) if self._maps else np.zeros((0, self.grid.rows, self.grid.cols), dtype=np.float32)
+        return {"maps": maps, "depths": sorted(self._depths)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to where `state` was taken, of a measure with the same grid and options."""
+        self._maps = [state["maps"]] if len(state["maps"]) else []
+        self._depths = set(state["depths"])
+
     def merge(self, other: AttentionRollout) -> None:
         """Appends the maps of `other`.
 

@@ -1,0 +1,104 @@
+"""Times methods in turns, once their numbers agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.methods import METHODS
+from benchmarks.models import Setting
+from benchmarks.ours import reference
+from benchmarks.runs import Numbers, Run
+
+__all__ = ["Timing", "check_agreement", "take_turns"]
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of a method over those of its floor in the same repeat.
+
+    Args:
+        cpu: Seconds of all threads; one ratio a repeat.
+        wall: Seconds passed.
+    """
+
+    cpu: np.ndarray
+    wall: np.ndarray
+
+
+def take_turns(setting: Setting, names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[str, Timing]:
+    """Runs the methods once to compare their numbers, then `repeats` times, each time starting with another of them.
+
+    Args:
+        setting: What they work on.
+        names: Of the methods, the floors of all of them included.
+        repeats: Rounds that count.
+        tell: Told what has been done.
+
+    Raises:
+        RuntimeError: If the numbers of a method differ from vit_probe's.
+    """
+    runs = {name: METHODS[name].prepare(setting) for name in names}
+    expected = reference(setting, rollout=any(METHODS[name].rollout for name in names))
+    for name, run in runs.items():
+        difference = check_agreement(name, run(), expected, _TOLERANCE[setting.dtype])
+        tell(f"{name} agrees, within {difference:.0e}")
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(_seconds(runs[name], setting.device))
+        tell(f"repeat {repeat + 1} of {repeats}")
+    times = {name: np.array(pairs) for name, pairs in seconds.items()}
+    ratios = {name: times[name] / times[METHODS[name].floor] for name in names}
+    return {name: Timing(cpu=ratio[:, 0], wall=ratio[:, 1]) for name, ratio in ratios.items()}
+
+
+def check_agreement(name: str, numbers: Numbers, expected: Mapping[str, np.ndarray], tolerance: float) -> float:
+    """The largest relative difference between a method's numbers and vit_probe's.
+
+    Of the model's output it is the norm of the difference; of distances and rollouts that of the worst entry, entries under a
+    hundredth of the largest counting as that.
+
+    Raises:
+        RuntimeError: If it is over `tolerance`, or there are no numbers or others.
+    """
+    if not numbers:
+        raise RuntimeError(f"{name} returned no numbers")
+    differences = []
+    for what, values in numbers.items():
+        ours = expected[what]
+        if values.shape != ours.shape:
+            raise RuntimeError(f"{name}: {what} has shape {values.shape}, vit_probe's {ours.shape}; it measures something else")
+        if what == "output":
+            difference = float(np.linalg.norm(values - ours) / np.linalg.norm(ours))
+        else:
+            size = np.abs(ours)
+            difference = float((np.abs(values - ours) / np.maximum(size, size.max() / 100)).max())
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"{name}: {what} differs from vit_probe's by {difference:.1e}, relatively, more than {tolerance:.0e}; "
+                "it measures something else"
+            )
+        differences.append(difference)
+    return max(differences)
+
+
+def _seconds(run: Run, device: torch.device) -> tuple[float, float]:
+    """CPU time of all threads, and time passed."""
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    _wait(device)
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,125 @@
+"""The plain forward passes, and the work done with other libraries' means, from a layer's whole attention map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import formulas
+from benchmarks.models import Setting, define_torchvision_operators
+from benchmarks.runs import Numbers, Prepare, Run, as_array
+
+__all__ = ["from_maps", "plain", "timm_extract", "timm_hooks", "transformers_eager"]
+
+Take = Callable[[Tensor], None]
+Show = Callable[[Tensor, Take], None]
+"""Takes a batch through a model and hands over each layer's attention (batch, head, query, key)."""
+
+
+def plain(model: Literal["own", "timm_fused", "transformers_sdpa"]) -> Prepare:
+    """The forward pass of a model of a `Setting`, and nothing else: the floor."""
+
+    def prepare(setting: Setting) -> Run:
+        forward = setting.load(model)
+
+        @torch.no_grad()
+        def run() -> Numbers:
+            return {"output": as_array(torch.cat([_class_token(forward(batch)) for batch in setting.batches]))}
+
+        return run
+
+    return prepare
+
+
+def from_maps(source: Callable[[Setting], Show], number: Literal["distance", "distance-dropped", "rollout"]) -> Prepare:
+    """A number made of whole attention maps."""
+
+    def prepare(setting: Setting) -> Run:
+        show = source(setting)
+
+        @torch.no_grad()
+        def run() -> Numbers:
+            if number == "rollout":
+                return {number: np.concatenate([_rollout(show, batch, setting) for batch in setting.batches])}
+            return {number: _distance(show, setting, rescaled=number == "distance")}
+
+        return run
+
+    return prepare
+
+
+def _distance(show: Show, setting: Setting, *, rescaled: bool) -> np.ndarray:
+    distances = formulas.patch_distances(setting.grid)
+    table = torch.from_numpy(distances).to(setting.device)
+    total = np.zeros((setting.case.depth, setting.case.num_heads))
+    for batch in setting.batches:
+        heads: list[np.ndarray] = []
+
+        def add(attention: Tensor, heads: list[np.ndarray] = heads) -> None:
+            if rescaled:
+                heads.append(as_array(formulas.torch_distance(attention, table)))
+            else:
+                heads.append(formulas.keras_distance(as_array(attention), distances))
+
+        show(batch, add)
+        total += np.stack(heads)
+    return total / setting.case.images
+
+
+def _rollout(show: Show, batch: Tensor, setting: Setting) -> np.ndarray:
+    fused: list[Tensor] = []
+    show(batch, lambda attention: fused.append(attention.mean(dim=1, dtype=torch.float32)))
+    return as_array(formulas.rollout_maps(fused, setting.grid))
+
+
+def transformers_eager(setting: Setting) -> Show:
+    """Eager attention with `output_attentions=True`: the maps of all layers come at the end."""
+    model = setting.load("transformers_eager")
+
+    def show(batch: Tensor, take: Take) -> None:
+        for attention in model(pixel_values=batch, output_attentions=True).attentions:
+            take(attention)
+
+    return show
+
+
+def timm_hooks(setting: Setting) -> Show:
+    """Forward hooks on the dropout of unfused attention: one layer's map at a time."""
+    model = setting.load("timm_unfused")
+
+    def show(batch: Tensor, take: Take) -> None:
+        drops = [block.attn.attn_drop for block in model.blocks]
+        handles = [drop.register_forward_hook(lambda module, inputs, output: take(output)) for drop in drops]
+        try:
+            model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return show
+
+
+def timm_extract(setting: Setting) -> Show:
+    """timm's `AttentionExtract` with its defaults, on a model whose fused attention was switched off before.
+
+    With the fused attention on, it finds no softmax in the graph and raises.
+    """
+    model = setting.load("timm_unfused")
+    define_torchvision_operators()
+    from timm.utils.attention_extract import AttentionExtract
+
+    extract = AttentionExtract(model)
+
+    def show(batch: Tensor, take: Take) -> None:
+        for attention in extract(batch).values():
+            take(attention)
+
+    return show
+
+
+def _class_token(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.last_hidden_state[:, 0]

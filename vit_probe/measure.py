@@ -1,0 +1,30 @@
+"""What the measures that go over a dataset have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, Self, runtime_checkable
+
+from vit_probe.tiles import AttentionTile
+
+__all__ = ["Measure"]
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """A streaming measure: an observer for `attention_hooks` whose sums can be merged, taken back and kept."""
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+    def update(self, tile: AttentionTile) -> None: ...
+
+    def begin_batch(self) -> None: ...
+
+    def roll_back(self) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+    def merge(self, other: Self) -> None: ...

@@ -1,0 +1,86 @@
+"""How far a run has come, in one small file, so that it can go on after any interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vit_probe.errors import InputError
+from vit_probe.files import write_bytes
+
+__all__ = ["RunState", "read_state", "write_state"]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run has done so far.
+
+    Args:
+        images: What the stream of images keeps of those it has gone through.
+        measures: What each measure has added up.
+    """
+
+    images: dict[str, Any]
+    measures: list[dict[str, Any]]
+
+
+def write_state(path: Path, identity: Mapping[str, Any], state: RunState) -> Path:
+    """Writes the state, whole or not at all: arrays as safetensors, the rest as its metadata.
+
+    Args:
+        path: Where to.
+        identity: What the run is of, by name: its model, images and options.
+        state: How far it has come.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    plain: list[dict[str, Any]] = []
+    for index, values in enumerate(state.measures):
+        found = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        arrays |= {f"{index}/{name}": np.ascontiguousarray(value) for name, value in found.items()}
+        plain.append({name: value for name, value in values.items() if name not in found})
+    content = {"identity": _as_json(identity), "images": state.images, "measures": plain}
+    return write_bytes(path, save(arrays, metadata={"vit_probe_state": json.dumps(content)}))
+
+
+def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
+    """Reads what `write_state` wrote; None if there is no such file.
+
+    Raises:
+        InputError: If the file is no state, or that of a run of another model, other images or other options.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        content = json.loads(metadata["vit_probe_state"])
+    except (SafetensorError, KeyError):
+        raise InputError(f"{path} is no state of a run; delete it, or start without going on") from None
+    differing = [name for name, value in _as_json(identity).items() if content["identity"].get(name) != value]
+    if differing:
+        raise InputError(
+            f"{path} is the state of another run, which differs in its {_listed(differing)}; to go on with it, give what it "
+            "was started with, or start without going on"
+        )
+    measures = [dict(plain) for plain in content["measures"]]
+    for name, array in arrays.items():
+        index, _, field = name.partition("/")
+        measures[int(index)][field] = array
+    return RunState(content["images"], measures)
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON will give it back, so that what is equal compares equal."""
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
