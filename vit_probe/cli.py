@@ -67,7 +67,7 @@ OnError = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run into the same folder that was interrupted.")]
 _OUT = Path("figures-out")
-Made = TypeVar("Made")
+_Made = TypeVar("_Made")
 
 
 @app.command()
@@ -271,7 +271,7 @@ def _load(model: str) -> nn.Module:
     return load_model(model)
 
 
-def _if_possible(what: str, make: Callable[[], Made]) -> Made | None:
+def _if_possible(what: str, make: Callable[[], _Made]) -> _Made | None:
     """What `make` returns; None, with a note, where this model does not have it."""
     try:
         return make()

@@ -95,17 +95,21 @@ class AttentionRun:
             InputError: If a measure cannot use the attention, the images are not as they were announced, or the state is of
                 another run.
         """
-        keeping = [measure for measure in measures if isinstance(measure, Measure)] if state is not None else []
-        if state is not None:
-            if len(keeping) < len(measures):
-                raise InputError("a run with observers that cannot be kept (see vit_probe.measure.Measure) has no state")
-            identity = self._identity(keeping)
-            if (found := read_state(state, identity)) is not None:
-                self.images.go_on(found.images)
-                for measure, values in zip(keeping, found.measures, strict=True):
-                    measure.restore(values)
-                if progress is not None:
-                    progress(len(found.images["names"]))
+        kept = [measure for measure in measures if isinstance(measure, Measure)] if state is not None else []
+        identity = self._identity(kept) if state is not None else {}
+
+        def keep() -> None:
+            if state is not None:
+                write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in kept]))
+
+        if state is not None and len(kept) < len(measures):
+            raise InputError("a run with observers that cannot be kept (see vit_probe.measure.Measure) has no state")
+        if state is not None and (found := read_state(state, identity)) is not None:
+            self.images.go_on(found.images)
+            for measure, values in zip(kept, found.measures, strict=True):
+                measure.restore(values)
+            if progress is not None:
+                progress(len(found.images["names"]))
         dtype = first_parameter(self.model).dtype
         with self._on_device(), evaluated(self.model), attention_hooks(self.model, *measures) as hooks:
             hooks.stop_after = len(self.layers) - 1
@@ -118,10 +122,9 @@ class AttentionRun:
                     )
                 if progress is not None:
                     progress(len(batch))
-                if state is not None and number % every == 0:
-                    write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in keeping]))
-        if state is not None:
-            write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in keeping]))
+                if number % every == 0:
+                    keep()
+        keep()
 
     def _identity(self, measures: Sequence[Measure]) -> dict[str, Any]:
         """What a state must be of to be gone on with."""
