@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.operators import define_torchvision_operators
 from vit_probe import TokenGrid, VisionTransformer, ViTConfig
 
-__all__ = ["Setting", "define_torchvision_operators"]
+__all__ = ["Setting"]
 
 _EPS = 1e-6
-_OPERATORS: list[torch.library.Library] = []  # kept: dropping one takes its operators away
 _TRANSFORMERS_NAMES = (
     (r"^(cls_token)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -146,25 +145,6 @@ class Setting:
             model: Any = ViTModel(TransformersConfig(**options), add_pooling_layer=False)
         model.load_state_dict(dict(_transformers_state(self.own.state_dict())), assign=True)
         return model.eval()
-
-
-def define_torchvision_operators() -> None:
-    """Makes torchvision, and timm which imports it, importable where its compiled operators do not load.
-
-    With a torch for the CPU and a torchvision for CUDA the import fails with "operator torchvision::nms does not exist". The
-    operators' signatures are enough: nothing here calls them.
-    """
-    try:
-        import_module("torchvision")
-    except RuntimeError as error:
-        if "nms" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _OPERATORS.append(library)
-    except ImportError:
-        return
 
 
 def _randomize(model: VisionTransformer) -> None:

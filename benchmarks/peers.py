@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import formulas
-from benchmarks.models import Setting, define_torchvision_operators
+from benchmarks.models import Setting
+from benchmarks.operators import define_torchvision_operators
 from benchmarks.runs import Numbers, Prepare, Run, as_array
 
 __all__ = ["from_maps", "plain", "timm_extract", "timm_hooks", "transformers_eager"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tests.families import literal
 from tests.families.family import Family, Size
@@ -53,6 +55,17 @@ def far_from_uniform(attention: Tensor) -> bool:
 def skipped(family: Family, size: Size | None = None) -> dict[str, str]:
     """What is expected of `skipped`, with the number of tokens filled in."""
     return {path: reason.format(tokens=family.grid(size).num_tokens) for path, reason in family.skipped.items()}
+
+
+def check_fast_path(family: Family) -> None:
+    """The untouched model calls no fused attention, and with hooks all layers are seen."""
+    model, images = family.model(), family.images()
+    with torch.no_grad():
+        with mock.patch.object(F, "scaled_dot_product_attention", side_effect=AssertionError):
+            untouched = model(images)
+        result, seen, *_ = hooked(model, images)
+    assert sorted(seen.layers) == [0, 1]
+    assert (result - untouched).abs().max() < 1e-5
 
 
 class FamilyChecks:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from tests.families.checks import FamilyChecks, PrecisionChecks, hooked
+from tests.families.checks import FamilyChecks, PrecisionChecks, check_fast_path, hooked
 from tests.families.torch import FAMILIES
 
 NAMED = {family.name: family for family in FAMILIES}
@@ -27,13 +24,7 @@ class TestPrecision(PrecisionChecks):
 
 @pytest.mark.parametrize("name", ["nn.TransformerEncoder", "nn.TransformerEncoder, norm_first"])
 def test_the_fast_path_calls_no_fused_attention_and_is_seen_all_the_same(name: str) -> None:
-    model, images = NAMED[name].model(), NAMED[name].images()
-    with torch.no_grad():
-        with mock.patch.object(F, "scaled_dot_product_attention", side_effect=AssertionError):
-            untouched = model(images)
-        result, seen, *_ = hooked(model, images)
-    assert sorted(seen.layers) == [0, 1]
-    assert (result - untouched).abs().max() < 1e-5
+    check_fast_path(NAMED[name])
 
 
 @pytest.mark.parametrize("name", ["nn.MultiheadAttention with weights", "nn.MultiheadAttention with mean weights"])

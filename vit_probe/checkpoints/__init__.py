@@ -16,6 +16,7 @@ from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.files import TENSOR_SUFFIXES, WEIGHT_FILES, read_arrays, read_folder, read_json, read_tensors
 from vit_probe.checkpoints.hub import PREFIXES, fetch
 from vit_probe.checkpoints.libraries import open_clip as open_clip_models
+from vit_probe.checkpoints.libraries import refuse_overrides
 from vit_probe.checkpoints.libraries import timm as timm_models
 from vit_probe.checkpoints.libraries import torchvision as torchvision_models
 from vit_probe.checkpoints.libraries import transformers as transformers_models
@@ -66,7 +67,7 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
     if source == "torchvision":
         model = torchvision_models.load(rest, overrides)
     elif source == "open_clip":
-        _refuse(overrides, f"{name} is a model of open_clip's own")
+        refuse_overrides(overrides, f"{name} is a model of open_clip's own")
         model = open_clip_models.load(rest)
     elif name.startswith(PREFIXES):
         model = _read_folder(fetch(name), overrides, name)
@@ -122,7 +123,7 @@ def _read_folder(folder: Path, overrides: Mapping[str, Any], shown: str) -> nn.M
             return _read_own(folder, config, overrides).build()
     except UnsupportedArchitecture as error:
         why = str(error)
-    _refuse(overrides, f"{shown} holds a model of {library}'s own, because for VisionTransformer {why}")
+    refuse_overrides(overrides, f"{shown} holds a model of {library}'s own, because for VisionTransformer {why}")
     load_folder = timm_models.load_folder if library == "timm" else transformers_models.load_folder
     try:
         return load_folder(folder, config)
@@ -149,8 +150,3 @@ def _warnings_of_success() -> Iterator[None]:
         yield
     for warning in held:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _refuse(overrides: Mapping[str, Any], why: str) -> None:
-    if overrides:
-        raise InputError(f"{why}; a library's model takes no fields of ViTConfig, leave out {', '.join(overrides)}")

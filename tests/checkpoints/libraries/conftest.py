@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,3 +36,11 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path]
 def photograph() -> Image.Image:
     """480 x 320 pixels: margins of the crops below are even numbers of pixels."""
     return Image.fromarray(load_sample_image("china.jpg")).crop((40, 60, 520, 380))
+
+
+def change(folder: Path, *, remove: str = "", **added: torch.Tensor) -> None:
+    """Takes the parameters whose names begin with `remove` out of a folder's weights, and puts others in."""
+    state = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not (remove and name.startswith(remove))}
+    assert len(kept) < len(state) or not remove
+    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})

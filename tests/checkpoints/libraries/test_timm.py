@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
+from tests.checkpoints.libraries.conftest import change
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
 from vit_probe.checkpoints.libraries.timm import similar_names
@@ -188,13 +188,6 @@ def test_similar_names() -> None:
     assert similar_names("qqqqqqqqqqqqqqqqqqqqqqqqqqqqq") == ""
 
 
-def _change(folder: Path, *, remove: str = "", **added: torch.Tensor) -> None:
-    state = load_file(folder / "model.safetensors")
-    kept = {name: value for name, value in state.items() if not (remove and name.startswith(remove))}
-    assert len(kept) < len(state) or not remove
-    save_file(kept | added, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
@@ -208,7 +201,7 @@ def _change(folder: Path, *, remove: str = "", **added: torch.Tensor) -> None:
 def test_parameters_that_are_missing_are_never_random(architecture: str, message: str, tmp_path: Path) -> None:
     """For the second architecture timm loads leniently, and only logs it."""
     _save(architecture, tmp_path)
-    _change(tmp_path, remove="blocks.1.mlp.fc1.weight")
+    change(tmp_path, remove="blocks.1.mlp.fc1.weight")
     with pytest.raises(InputError, match=message):
         load_model(tmp_path)
     assert logging.getLogger("timm.models._builder").level == logging.NOTSET
@@ -226,10 +219,10 @@ def test_a_head_of_another_number_of_classes_is_not_random(tmp_path: Path) -> No
 
 def test_parameters_that_are_too_many_or_no_numbers(tmp_path: Path) -> None:
     _save("eva02_tiny_patch14_224", tmp_path)
-    _change(tmp_path, extra=torch.zeros(3))
+    change(tmp_path, extra=torch.zeros(3))
     with pytest.raises(InputError, match=r"it does not load as eva02_tiny_patch14_224: .*Unexpected key.*\"extra\""):
         load_model(tmp_path)
-    _change(tmp_path, remove="extra", **{"fc_norm.weight": torch.full((48,), torch.nan)})
+    change(tmp_path, remove="extra", **{"fc_norm.weight": torch.full((48,), torch.nan)})
     with pytest.raises(InputError, match=r"holds NaN or infinity .* in fc_norm\.weight"):
         load_model(tmp_path)
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.checkpoints.libraries.conftest import change
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
 from vit_probe.errors import AssumptionWarning, InputError
@@ -268,13 +269,6 @@ def test_a_type_that_transformers_has_not(tmp_path: Path) -> None:
     assert not Path("ran").exists()
 
 
-def _change(folder: Path, *, remove: str = "", **added: torch.Tensor) -> None:
-    state = load_file(folder / "model.safetensors")
-    kept = {name: value for name, value in state.items() if not (remove and name.startswith(remove))}
-    assert len(kept) < len(state) or not remove
-    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("family", "prefix"),
     [("SigLIP", "vision_model.encoder."), ("I-JEPA", "encoder.layer."), ("BEiT with a head", "beit.encoder.")],
@@ -284,23 +278,23 @@ def test_parameters_that_do_not_fit_are_refused(family: str, prefix: str, tmp_pa
     names = [name for name in load_file(tmp_path / "model.safetensors") if name.startswith(prefix) and name.endswith("weight")]
     *_, loaded_class, _ = FAMILIES[family]
     shape = load_file(tmp_path / "model.safetensors")[names[0]].shape
-    _change(tmp_path, **{f"{prefix}extra.weight": torch.zeros(3)})
+    change(tmp_path, **{f"{prefix}extra.weight": torch.zeros(3)})
     with pytest.raises(InputError, match=rf"nor by transformers \(it does not fit {loaded_class}; unexpected: .*extra\.weight"):
         load_model(tmp_path)
-    _change(tmp_path, remove=f"{prefix}extra.weight", **{names[0]: torch.zeros(3, 3)})
+    change(tmp_path, remove=f"{prefix}extra.weight", **{names[0]: torch.zeros(3, 3)})
     with pytest.raises(InputError, match=rf"it does not load as {loaded_class}: .*mismatch|wrongly shaped"):
         load_model(tmp_path)
-    _change(tmp_path, **{names[0]: torch.full(shape, torch.inf)})
+    change(tmp_path, **{names[0]: torch.full(shape, torch.inf)})
     with pytest.raises(InputError, match="holds NaN or infinity"):
         load_model(tmp_path)
-    _change(tmp_path, remove=names[0])
+    change(tmp_path, remove=names[0])
     with pytest.raises(InputError, match=rf"it does not fit {loaded_class}; missing: "):
         load_model(tmp_path)
 
 
 def test_one_tower_alone_is_not_made_up(tmp_path: Path) -> None:
     _save("CLIP", tmp_path)
-    _change(tmp_path, remove="vision_model.")
+    change(tmp_path, remove="vision_model.")
     with pytest.raises(InputError, match=r"does not fit CLIPVisionModel; missing: embeddings\.class_embedding"):
         load_model(tmp_path)
 

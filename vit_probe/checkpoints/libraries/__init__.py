@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -14,7 +14,7 @@ from vit_probe.checkpoints.checkpoint import check_finite
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.images import Preprocessing
 
-__all__ = ["adopt", "broken", "exact_resize", "import_library", "reason", "similar"]
+__all__ = ["adopt", "broken", "exact_resize", "import_library", "reason", "refuse_overrides", "similar"]
 
 _LONGEST_REASON = 400  # characters
 
@@ -70,6 +70,12 @@ def exact_resize(size: tuple[int, int], **others: Any) -> Preprocessing:
         stacklevel=2,
     )
     return Preprocessing(size, size, **others)
+
+
+def refuse_overrides(overrides: Mapping[str, Any], why: str) -> None:
+    """Raise InputError, beginning with `why`, if there are fields of `ViTConfig` for a model that takes none."""
+    if overrides:
+        raise InputError(f"{why}; a library's model takes no fields of ViTConfig, leave out {', '.join(overrides)}")
 
 
 def similar(name: str, names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_probe.checkpoints import torchvision as reader
-from vit_probe.checkpoints.libraries import adopt, import_library, reason, similar
+from vit_probe.checkpoints.libraries import adopt, import_library, reason, refuse_overrides, similar
 from vit_probe.errors import InputError
 from vit_probe.images import Interpolation, Preprocessing, as_triple
 
@@ -37,11 +37,8 @@ def load(name: str, overrides: Mapping[str, Any]) -> nn.Module:
     known = models.get_model_weights(model_name)
     if weights_name and weights_name not in known.__members__:
         raise InputError(f"torchvision has no weights {weights_name!r} of {model_name}; it has {', '.join(known.__members__)}")
-    if overrides and not model_name.startswith("vit_"):
-        raise InputError(
-            f"torchvision:{name} is a model of torchvision's own; a library's model takes no fields of ViTConfig, "
-            f"leave out {', '.join(overrides)}"
-        )
+    if not model_name.startswith("vit_"):
+        refuse_overrides(overrides, f"torchvision:{name} is a model of torchvision's own")
     weights = known[weights_name or "DEFAULT"]
     state = _fetch(weights)
     preprocessing = _preprocessing(weights.transforms())
