@@ -21,8 +21,8 @@ class Case:
         depth: Layers.
         num_heads: Heads of a layer.
         side: Patches along each side of an image.
-        images: How many images each method sees in each repeat.
-        batch_size: Images a forward pass.
+        images: How many images there are.
+        batch_size: Images a forward pass, and a repeat.
         patch_size: Side of a patch in pixels.
         left_out: Names of methods that are not run unless they are asked for, with the reason.
     """
@@ -52,13 +52,10 @@ class Case:
         images = "1 image" if self.images == 1 else f"{self.images} images"
         return (
             f"{self.depth} layers, {self.num_heads} heads, width {self.embed_dim}; {self.side**2:,} patches and a class token "
-            f"({self.image_size} px, patches of {self.patch_size} px); {images}, {self.batch_size} a batch"
+            f"({self.image_size} px, patches of {self.patch_size} px); {images}, {self.batch_size} a batch and a repeat"
         )
 
 
-_CUBIC = MappingProxyType(
-    dict.fromkeys(("vit-probe-rollout", "vit-probe-both"), "left out: its products of token x token matrices take very long")
-)
 _BASE = Case("base-196", embed_dim=768, depth=12, num_heads=12, side=14, images=128, batch_size=16)
 _SMALL = replace(_BASE, name="small-196", embed_dim=384, num_heads=6, images=64)
 CASES = {
@@ -69,7 +66,7 @@ CASES = {
         replace(_SMALL, name="small-784", side=28, images=8, batch_size=4),
         replace(_SMALL, name="small-1369", side=37, images=4, batch_size=2),
         replace(_SMALL, name="small-4096", side=64, images=1, batch_size=1),
-        replace(_SMALL, name="small-16384", side=128, images=1, batch_size=1, left_out=_CUBIC),
+        replace(_SMALL, name="small-16384", side=128, images=1, batch_size=1),
     )
 }
 """ViT-B/16 at 224 pixels as in the ViT paper, and ViT-S/16 at ever more tokens (1,369 is DINOv2's grid at 518 pixels)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.methods import METHODS
 from benchmarks.models import Setting
@@ -35,6 +36,8 @@ class Timing:
 def take_turns(setting: Setting, names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[str, Timing]:
     """Runs the methods once to compare their numbers, then `repeats` times, each time starting with another of them.
 
+    Each time all of them take the same batch, the next of the case's.
+
     Args:
         setting: What they work on.
         names: Of the methods, the floors of all of them included.
@@ -45,15 +48,16 @@ def take_turns(setting: Setting, names: list[str], repeats: int, tell: Callable[
         RuntimeError: If the numbers of a method differ from vit_probe's.
     """
     runs = {name: METHODS[name].prepare(setting) for name in names}
-    expected = reference(setting, rollout=any(METHODS[name].rollout for name in names))
+    expected = reference(setting, setting.batches[:1], rollout=any(METHODS[name].rollout for name in names))
     for name, run in runs.items():
-        difference = check_agreement(name, run(), expected, _TOLERANCE[setting.dtype])
+        difference = check_agreement(name, run(setting.batches[:1]), expected, _TOLERANCE[setting.dtype])
         tell(f"{name} agrees, within {difference:.0e}")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for repeat in range(repeats):
         first = repeat % len(names)
+        batch = setting.batches[repeat % len(setting.batches)]
         for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(runs[name], setting.device))
+            seconds[name].append(_seconds(runs[name], batch, setting.device))
         tell(f"repeat {repeat + 1} of {repeats}")
     times = {name: np.array(pairs) for name, pairs in seconds.items()}
     ratios = {name: times[name] / times[METHODS[name].floor] for name in names}
@@ -90,11 +94,11 @@ def check_agreement(name: str, numbers: Numbers, expected: Mapping[str, np.ndarr
     return max(differences)
 
 
-def _seconds(run: Run, device: torch.device) -> tuple[float, float]:
+def _seconds(run: Run, batch: Tensor, device: torch.device) -> tuple[float, float]:
     """CPU time of all threads, and time passed."""
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
+    run([batch])
     _wait(device)
     return time.process_time() - cpu, time.perf_counter() - wall
 

@@ -23,6 +23,8 @@ __all__ = ["Peak", "available_bytes", "peak_in_fresh_process"]
 
 _ROOT = Path(__file__).parents[1]
 _STATUS = Path("/proc/self/status")
+# glibc gives back large pieces at once. Else it keeps them, and what lies free between them varies from run to run by a third.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
 _BATCHES = 2  # as many as can be held at once by mistake
 
 
@@ -55,7 +57,7 @@ def peak_in_fresh_process(setting: Setting, name: str) -> Peak:
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path} | _MALLOC,
         check=False,
     )
     if done.returncode:
@@ -93,7 +95,7 @@ def _peak(setting: Setting, name: str) -> Peak:
         torch.cuda.synchronize(setting.device)
         torch.cuda.reset_peak_memory_stats(setting.device)
         before = torch.cuda.memory_allocated(setting.device)
-        run()
+        run(setting.batches)
         return Peak(torch.cuda.max_memory_allocated(setting.device) - before)
     if not _STATUS.exists():
         return Peak(None, "no memory: only Linux tells it")
@@ -105,7 +107,7 @@ def _peak(setting: Setting, name: str) -> Peak:
     except OSError:
         note = "memory includes the peak of loading"
     before = _status("VmRSS")
-    run()
+    run(setting.batches)
     return Peak(max(0, _status("VmHWM") - before), note)
 
 

@@ -55,6 +55,10 @@ def _head_means(case: Case) -> int:
     return _one_layer(case) + case.depth
 
 
+def _rollout_maps(case: Case) -> int:
+    return case.depth + 2 if case.num_tokens <= 4 * case.embed_dim else 0  # see vit_probe.measures.rollout_ways
+
+
 _STOPS = "ends after the last layer's attention"
 _ALL = "holds the maps of all layers"
 _ROW = "carries the class token's row only"
@@ -67,8 +71,15 @@ _LIST = (
     ),
     Method("vit-probe-distance", "fused", ours.observed("distance"), _STOPS),
     Method("vit-probe-distance-full", "fused", ours.observed("distance", stop=False), "returns the model's output, too"),
-    Method("vit-probe-rollout", "fused", ours.observed("rollout"), _STOPS, lambda case: 4, rollout=True),
-    Method("vit-probe-both", "fused", ours.observed("distance", "rollout"), _STOPS, lambda case: 4, rollout=True),
+    Method("vit-probe-rollout", "fused", ours.observed("rollout"), _STOPS, _rollout_maps, rollout=True),
+    Method(
+        "vit-probe-all",
+        "fused",
+        ours.observed("distance", "rollout", "entropy"),
+        f"distance, rollout and entropy in one pass; {_STOPS}",
+        _rollout_maps,
+        rollout=True,
+    ),
     Method(
         "vit-probe-call",
         "fused",

@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.models import Setting
 from benchmarks.runs import Numbers, Prepare, Run, as_array
 from vit_probe import attention_hooks, mean_attention_distance
 from vit_probe.measures.attention_distance import AttentionDistance
+from vit_probe.measures.attention_entropy import AttentionEntropy
 from vit_probe.measures.rollout import AttentionRollout
 from vit_probe.routing import ForwardStopped
 
 __all__ = ["call", "observed", "reference"]
 
 
-def reference(setting: Setting, *, rollout: bool) -> Numbers:
+def reference(setting: Setting, batches: Sequence[Tensor], *, rollout: bool) -> Numbers:
     """All numbers by vit_probe, to compare with."""
     rescaled, dropped = AttentionDistance(setting.grid), AttentionDistance(setting.grid, prefix="drop")
+    entropy = AttentionEntropy(setting.grid)
     rolled = [AttentionRollout(setting.grid)] if rollout else []
-    output = _watch(setting, rescaled, dropped, *rolled, stop=False)
+    output = _watch(setting, batches, rescaled, dropped, entropy, *rolled, stop=False)
     numbers = {"distance": rescaled.compute().distance, "distance-dropped": dropped.compute().distance, "output": output}
+    numbers["entropy"] = entropy.compute().entropy
     for measure in rolled:
         numbers["rollout"] = measure.compute().maps
     return numbers
 
 
-def observed(*names: Literal["distance", "rollout"], stop: bool = True) -> Prepare:
+def observed(*names: Literal["distance", "rollout", "entropy"], stop: bool = True) -> Prepare:
     """The measures called `names`, in one pass of images, which ends after the last layer's attention if `stop`."""
 
     def prepare(setting: Setting) -> Run:
         setting.load("own")
 
-        def run() -> Numbers:
+        def run(batches: Sequence[Tensor]) -> Numbers:
             distance, rollout = AttentionDistance(setting.grid), AttentionRollout(setting.grid)
-            measures = {"distance": distance, "rollout": rollout}
-            output = _watch(setting, *(measures[name] for name in names), stop=stop)
+            entropy = AttentionEntropy(setting.grid)
+            measures = {"distance": distance, "rollout": rollout, "entropy": entropy}
+            output = _watch(setting, batches, *(measures[name] for name in names), stop=stop)
             numbers: Numbers = {} if stop else {"output": output}
             if "distance" in names:
                 numbers["distance"] = distance.compute().distance
             if "rollout" in names:
                 numbers["rollout"] = rollout.compute().maps
+            if "entropy" in names:
+                numbers["entropy"] = entropy.compute().entropy
             return numbers
 
         return run
@@ -55,21 +63,19 @@ def call(setting: Setting) -> Run:
     """`mean_attention_distance` as a user calls it."""
     setting.load("own")
 
-    def run() -> Numbers:
-        batch_size, device = setting.case.batch_size, str(setting.device)
-        result = mean_attention_distance(setting.own, setting.images, batch_size=batch_size, device=device)
-        return {"distance": result.distance}
+    def run(batches: Sequence[Tensor]) -> Numbers:
+        return {"distance": mean_attention_distance(setting.own, batches, device=str(setting.device)).distance}
 
     return run
 
 
-def _watch(setting: Setting, *measures: Any, stop: bool) -> np.ndarray:
+def _watch(setting: Setting, batches: Sequence[Tensor], *measures: Any, stop: bool) -> np.ndarray:
     """Takes the images through our model with measures watching; the output is empty where the pass is stopped."""
     model, outputs = setting.own, []
     with torch.no_grad(), attention_hooks(model, *measures) as hooks:
         if stop:
             hooks.stop_after = setting.case.depth - 1
-        for batch in setting.batches:
+        for batch in batches:
             with suppress(ForwardStopped):
                 outputs.append(model(batch))
     return as_array(torch.cat(outputs)) if outputs else np.empty(0)

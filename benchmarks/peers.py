@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +28,8 @@ def plain(model: Literal["own", "timm_fused", "transformers_sdpa"]) -> Prepare:
         forward = setting.load(model)
 
         @torch.no_grad()
-        def run() -> Numbers:
-            return {"output": as_array(torch.cat([_class_token(forward(batch)) for batch in setting.batches]))}
+        def run(batches: Sequence[Tensor]) -> Numbers:
+            return {"output": as_array(torch.cat([_class_token(forward(batch)) for batch in batches]))}
 
         return run
 
@@ -43,21 +43,21 @@ def from_maps(source: Callable[[Setting], Show], number: Literal["distance", "di
         show = source(setting)
 
         @torch.no_grad()
-        def run() -> Numbers:
+        def run(batches: Sequence[Tensor]) -> Numbers:
             if number == "rollout":
-                return {number: np.concatenate([_rollout(show, batch, setting) for batch in setting.batches])}
-            return {number: _distance(show, setting, rescaled=number == "distance")}
+                return {number: np.concatenate([_rollout(show, batch, setting) for batch in batches])}
+            return {number: _distance(show, batches, setting, rescaled=number == "distance")}
 
         return run
 
     return prepare
 
 
-def _distance(show: Show, setting: Setting, *, rescaled: bool) -> np.ndarray:
+def _distance(show: Show, batches: Sequence[Tensor], setting: Setting, *, rescaled: bool) -> np.ndarray:
     distances = formulas.patch_distances(setting.grid)
     table = torch.from_numpy(distances).to(setting.device)
     total = np.zeros((setting.case.depth, setting.case.num_heads))
-    for batch in setting.batches:
+    for batch in batches:
         heads: list[np.ndarray] = []
 
         def add(attention: Tensor, heads: list[np.ndarray] = heads) -> None:
@@ -68,7 +68,7 @@ def _distance(show: Show, setting: Setting, *, rescaled: bool) -> np.ndarray:
 
         show(batch, add)
         total += np.stack(heads)
-    return total / setting.case.images
+    return total / sum(map(len, batches))
 
 
 def _rollout(show: Show, batch: Tensor, setting: Setting) -> np.ndarray:

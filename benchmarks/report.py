@@ -113,7 +113,8 @@ def write_tables(stem: Path, about: Mapping[str, str], titles: Mapping[str, str]
 _LEGEND = (
     "Times are ratios to the plain fused forward pass of the same library's model on the same images (the first rows): the\n"
     "median over repeats, each a pair with the forward pass of the same repeat, and the quartiles. CPU time is that of all\n"
-    "threads. Memory is the peak above the loaded model and its images, in a fresh process, on at most two batches.\n"
+    "threads. Memory is the peak above the loaded model and its images, in a fresh process, on at most two batches,\n"
+    "where freed memory counts no longer (MALLOC_MMAP_THRESHOLD_=262144).\n"
     "No method is timed before its numbers agree with vit_probe's."
 )
 

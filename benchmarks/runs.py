@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -12,10 +12,11 @@ from benchmarks.models import Setting
 __all__ = ["Numbers", "Prepare", "Run", "as_array"]
 
 Numbers = dict[str, np.ndarray]
-"""`distance` and `distance-dropped` (layer, head), attention to the class token rescaled away or dropped; `rollout`
-(image, row, col); `output` (image, dim), the class token after the last layer."""
+"""`distance` and `distance-dropped` (layer, head), attention to the class token rescaled away or dropped; `entropy` (layer,
+head); `rollout` (image, row, col); `output` (image, dim), the class token after the last layer."""
 
-Run = Callable[[], Numbers]
+Run = Callable[[Sequence[Tensor]], Numbers]
+"""Takes batches of images."""
 
 Prepare = Callable[[Setting], Run]
 """Loads the model and the images; what it returns is timed."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import reference
 from tests.checkpoints.parity import randomize
@@ -102,6 +104,15 @@ class Encoder(nn.Module):
         return self.encoder(self.proj(images).flatten(2).mT)
 
 
+def swin() -> nn.Module:
+    """transformers' Swin on 48 x 48 pixels: 16 windows of 3 x 3 tokens and then 4, every other layer's shifted and masked."""
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    sizes = dict(image_size=48, patch_size=4, window_size=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2])
+    return randomize(SwinModel(SwinConfig(**sizes)).eval())
+
+
 def _grid(prefix: int, cls: bool, rows: int = 4, cols: int = 6) -> TokenGrid:
     return TokenGrid(rows, cols, (8, 8), prefix, cls)
 
@@ -143,13 +154,13 @@ class Assemble:
         self.tiles: list[AttentionTile] = []
 
     def update(self, tile: AttentionTile) -> None:
-        shape = (tile.images.stop, tile.probabilities.shape[1], tile.num_tokens, tile.num_tokens)
+        shape = (tile.images.stop, tile.num_heads, tile.num_tokens, tile.num_tokens)
         before = self.layers.get(tile.layer)
         if before is None or len(before) < tile.images.stop:
             self.layers[tile.layer] = np.full(shape, np.nan)
             if before is not None:
                 self.layers[tile.layer][: len(before)] = before
-        self.layers[tile.layer][tile.images, :, tile.queries] = tile.probabilities.double().numpy()
+        self.layers[tile.layer][tile.images, tile.heads, tile.queries] = tile.probabilities.double().numpy()
         self.names[tile.layer] = tile.name
         self.tiles.append(tile)
 
@@ -178,6 +189,19 @@ def expected_attention(model: nn.Module, *inputs: Tensor) -> np.ndarray:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     return np.stack(maps)
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest tensor that any operation makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return result
 
 
 def output(value: object) -> Tensor:

@@ -32,6 +32,20 @@ class AttentionDistance:
     """(layer, head): attention on patch keys, mean over images and query patches; never rescaled."""
 
 
+@dataclass(frozen=True)
+class AttentionEntropy:
+    """What `attention_entropy` returns; entropies in nats."""
+
+    mean: Array
+    """(layer, head): mean over images of an image's mean over query patches."""
+    std: Array
+    """(layer, head): standard deviation over images of an image's mean; the population's unless `ddof` says otherwise."""
+    prefix_mass: Array
+    """(layer, head): attention on prefix tokens, mean over images and query patches."""
+    self_mass: Array
+    """(layer, head): attention of a query on itself, mean over images and query patches."""
+
+
 def softmax_attention(query: ArrayLike, key: ArrayLike, scale: float, bias: ArrayLike | None = None) -> Array:
     """Attention weights softmax(scale * q k^T + bias), over keys.
 
@@ -145,6 +159,40 @@ def uniform_distance(rows: int, cols: int, patch_size: tuple[int, int]) -> float
     """
     centres = patch_centres(rows, cols, *patch_size).tolist()
     return math.fsum(math.dist(a, b) for a in centres for b in centres) / len(centres) ** 2
+
+
+def attention_entropy(attention: ArrayLike, num_prefix_tokens: int, *, ddof: int = 0) -> AttentionEntropy:
+    """Shannon entropy of each query patch's attention to all tokens, averaged over query patches.
+
+    For one image: the mean over query patches i of - sum_j a_ij log a_ij, j over all tokens, prefix tokens included;
+    0 log 0 is 0. Prefix tokens ask no question here.
+
+    Args:
+        attention: (layer, batch, head, query, key), prefix tokens first.
+        num_prefix_tokens: Tokens before the patches.
+        ddof: As in `mean_attention_distance`.
+
+    References:
+        Shannon 1948, "A Mathematical Theory of Communication", section 6; Clark et al. 2019, arXiv:1906.04341,
+        section 3.3 (the entropy of a head's attention).
+    """
+    attention = np.asarray(attention, dtype=np.float64)
+    layers, batch, heads, tokens, _ = attention.shape
+    patches = tokens - num_prefix_tokens
+    entropy, prefix, itself = np.zeros((3, layers, batch, heads))
+    for layer in range(layers):
+        for image in range(batch):
+            for head in range(heads):
+                for i in range(num_prefix_tokens, tokens):
+                    weights = attention[layer, image, head, i].tolist()
+                    surprises = [-weight * math.log(weight) for weight in weights if weight > 0]
+                    entropy[layer, image, head] += math.fsum(surprises) / patches
+                    prefix[layer, image, head] += math.fsum(weights[:num_prefix_tokens]) / patches
+                    itself[layer, image, head] += weights[i] / patches
+    mean = entropy.sum(axis=1) / batch
+    squares = ((entropy - mean[:, None]) ** 2).sum(axis=1)
+    std = np.sqrt(squares / (batch - ddof)) if batch > ddof else np.full_like(squares, np.nan)
+    return AttentionEntropy(mean=mean, std=std, prefix_mass=prefix.sum(axis=1) / batch, self_mass=itself.sum(axis=1) / batch)
 
 
 def rollout(

@@ -49,6 +49,21 @@ def test_distances_are_the_callers_own() -> None:
     assert grid.distances()[0].tolist() == [0, 4, 8, 8, pytest.approx(80**0.5), pytest.approx(128**0.5)]
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 15), (1, 2), (4, 6), (3, 12), (4, 13), (14, 15), (5, 5), (-4, -1)])
+@pytest.mark.parametrize(("rows", "cols"), [(3, 5), (5, 3), (1, 15), (15, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_written_to_memory(rows: int, cols: int, start: int, stop: int, dtype: torch.dtype) -> None:
+    grid = TokenGrid(rows, cols, (8, 6), 2, True)
+    memory = torch.full((17, 15), torch.nan, dtype=dtype)
+    length = len(range(15)[start:stop])
+    out = memory[1 : 1 + length]
+    assert grid.distances(start, stop, out=out) is out
+    centres = reference.patch_centres(rows, cols, 8, 6)
+    np.testing.assert_allclose(out, np.linalg.norm(centres[start:stop, None] - centres, axis=-1), rtol=1e-6)
+    assert memory[0].isnan().all()
+    assert memory[1 + length :].isnan().all()
+
+
 @given(grids)
 def test_uniform_distance_is_the_mean_over_all_pairs(grid: TokenGrid) -> None:
     expected = reference.uniform_distance(grid.rows, grid.cols, grid.patch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import reference
-from tests.models import FAMILIES, Assemble, Encoder, expected_attention, images, output, small_vit, transformers_vit
+from tests.models import (
+    FAMILIES,
+    Assemble,
+    Encoder,
+    Largest,
+    expected_attention,
+    images,
+    output,
+    small_vit,
+    transformers_vit,
+)
 from vit_probe import AttentionTile, InputError, attention_hooks
 from vit_probe.geometry import TokenGrid
 from vit_probe.measures import AttentionDistance
-from vit_probe.routing import ForwardStopped
+from vit_probe.routing import AttentionCall, ForwardStopped
+from vit_probe.tiles import AttentionInputs
 
 
 class Attention(nn.Module):
@@ -127,28 +138,29 @@ def test_every_tile_size_gives_the_same(batch: int, heads: int, tokens: int, bud
     result, seen = hooked(Attention(), q, k, v, tile_bytes=budget)
     close(result, F.scaled_dot_product_attention(q, k, v), 1e-12 if double else 1e-5)
     close(seen.attention()[0], reference.softmax_attention(q, k, 0.5), 1e-12 if double else 1e-6)
-    one_query = heads * tokens * q.element_size()
+    one_query = tokens * q.element_size()
     assert all(tile.probabilities.nbytes <= max(budget, one_query) for tile in seen.tiles)
     assert {tile.probabilities.dtype for tile in seen.tiles} == {q.dtype}
     if budget < 2 * one_query:
-        assert {tile.probabilities.shape[2] for tile in seen.tiles} == {1}
+        assert {tile.probabilities.shape[:3] for tile in seen.tiles} == {(1, 1, 1)}
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 200, 700, 3000, 4 << 20])
-def test_tiles_come_by_layer_then_images_then_queries(tile_bytes: int) -> None:
+def test_tiles_come_by_layer_then_images_queries_and_heads(tile_bytes: int) -> None:
     _, seen = hooked(small_vit(), images(), tile_bytes=tile_bytes)
-    expected_start = (0, 0, 0)
+    layer = image = query = head = 0
     for tile in seen.tiles:
-        assert (tile.layer, tile.images.start, tile.queries.start) == expected_start
-        assert tile.num_tokens == 13
-        assert tile.name == f"blocks.{tile.layer}.attn"
-        assert tile.probabilities.shape == (
-            tile.images.stop - tile.images.start, 2, tile.queries.stop - tile.queries.start, 13,
-        )  # fmt: skip
-        expected_start = (tile.layer, tile.images.start, tile.queries.stop)
-        if tile.queries.stop == 13:
-            expected_start = (tile.layer, tile.images.stop, 0) if tile.images.stop < 3 else (tile.layer + 1, 0, 0)
-    assert expected_start == (2, 0, 0)
+        assert (tile.layer, tile.images.start, tile.queries.start, tile.heads.start) == (layer, image, query, head)
+        assert (tile.num_heads, tile.num_tokens, tile.name) == (2, 13, f"blocks.{layer}.attn")
+        extents = [part.stop - part.start for part in (tile.images, tile.heads, tile.queries)]
+        assert tile.probabilities.shape == (*extents, 13)
+        head = tile.heads.stop % 2
+        if head == 0:
+            query = tile.queries.stop % 13
+        if head == query == 0:
+            image = tile.images.stop % 3
+        layer += head == query == image == 0
+    assert (layer, image, query, head) == (2, 0, 0, 0)
 
 
 def test_every_observer_sees_every_tile() -> None:
@@ -159,17 +171,24 @@ def test_every_observer_sees_every_tile() -> None:
     close(first.attention(), second.attention(), 0)
 
 
-class Largest(TorchDispatchMode):
-    """The size in bytes of the largest tensor that any operation makes."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, Tensor):
-                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
-        return result
+@pytest.mark.parametrize(
+    ("tokens", "numbers", "shape"),
+    [
+        (7, 1 << 20, (2, 3, 7)),
+        (7, 147, (1, 3, 7)),  # a whole image
+        (7, 146, (1, 1, 7)),  # one head, so that the product has more queries
+        (70, 14000, (1, 3, 35)),  # of all heads at least 64 queries would fit; two equal parts
+        (70, 13439, (1, 1, 70)),  # 63 would, so one head
+        (70, 300, (1, 1, 4)),
+        (40, 30, (1, 1, 1)),
+    ],
+)
+def test_heads_are_split_where_tokens_are_many(tokens: int, numbers: int, shape: tuple[int, int, int]) -> None:
+    q, k, v = qkv(2, 3, tokens)
+    result, seen = hooked(Attention(), q, k, v, tile_bytes=4 * numbers)
+    assert tuple(seen.tiles[0].probabilities.shape[:3]) == shape
+    close(result, F.scaled_dot_product_attention(q, k, v), 1e-5)
+    close(seen.attention()[0], torch.softmax(0.5 * q.double() @ k.double().mT, dim=-1), 1e-6)
 
 
 def test_long_sequences_are_never_held_as_a_whole() -> None:
@@ -268,6 +287,186 @@ def test_values_of_another_width() -> None:
     q, k, v = qkv()
     result, _ = hooked(Attention(), q, k, torch.cat([v, v], dim=-1), tile_bytes=300)
     close(result, F.scaled_dot_product_attention(q, k, torch.cat([v, v], dim=-1)), 1e-5)
+
+
+# Scores, and observers that decline
+
+
+class Scores(Assemble):
+    """Keeps the scores instead of the probabilities."""
+
+    wants_scores = True
+
+    def update(self, tile: AttentionTile) -> None:
+        assert tile.scores is not None
+        assert tile.scores.dtype == tile.probabilities.dtype
+        super().update(replace(tile, probabilities=tile.scores))
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 200, 400, 600])
+@pytest.mark.parametrize("name", ["none", *_masks()])
+def test_scores_are_the_scaled_products_and_bias_less_the_largest(name: str, tile_bytes: int) -> None:
+    options = {} if name == "none" else _masks()[name]
+    mask = options.pop("expected", options.get("attn_mask"))
+    q, k, v = qkv()
+    with attention_hooks(model := Attention(), seen := Scores(), other := Assemble(), tile_bytes=tile_bytes):
+        result = model(q, k, v, scale=0.3, **options)
+    close(result, F.scaled_dot_product_attention(q, k, v, scale=0.3, **options), 1e-5)
+    with np.errstate(invalid="ignore"):
+        close(other.attention()[0], np.nan_to_num(reference.softmax_attention(q, k, 0.3, mask)), 1e-6)
+    products = 0.3 * (q.double() @ k.double().mT)
+    bias = torch.zeros(()) if mask is None else mask
+    bias = torch.zeros(bias.shape).masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else bias
+    least = np.finfo(np.float32).min
+    scores = (products + bias).numpy()
+    expected = np.maximum(scores - np.maximum(scores.max(axis=-1, keepdims=True), least), least)
+    assert (expected == least).any() == (name not in ("none", "additive", "additive by image"))
+    hidden, scores = expected == least, seen.attention()[0]
+    assert (scores[hidden] == least).all()
+    close(scores[~hidden], expected[~hidden], 1e-5)
+
+
+def test_scores_are_there_only_if_wanted() -> None:
+    q, k, v = qkv()
+    _, seen = hooked(Attention(), q, k, v)
+    assert [tile.scores for tile in seen.tiles] == [None]
+    with attention_hooks(model := Attention(), plain := Assemble(), Scores()):
+        model(q, k, v)
+    assert [tile.scores is None for tile in plain.tiles] == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_in_other_precisions(dtype: torch.dtype) -> None:
+    q, k, v = (tensor.to(dtype) for tensor in qkv())
+    with attention_hooks(model := Attention(), seen := Scores()):
+        model(q, k, v)
+    assert {tile.probabilities.dtype for tile in seen.tiles} == {torch.promote_types(dtype, torch.float32)}
+    scores = 0.5 * (q.double() @ k.double().mT)
+    close(seen.attention()[0], scores - scores.amax(dim=-1, keepdim=True), 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+class Declines(Assemble):
+    """Wants the tiles of some layers only; keeps what it is told before."""
+
+    def __init__(self, *layers: int) -> None:
+        super().__init__()
+        self.wanted = layers
+        self.inputs: list[AttentionInputs] = []
+
+    def begin_layer(self, inputs: AttentionInputs) -> bool:
+        assert not any(tile.layer == inputs.layer for tile in self.tiles)
+        self.inputs.append(inputs)
+        return inputs.layer in self.wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_begins_a_layer_gives_its_attention(name: str) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+    with torch.no_grad(), attention_hooks(model, seen := Declines()) as hooks:
+        model(x)
+    attention = []
+    for inputs in seen.inputs:
+        scores = inputs.scale * (inputs.query.double() @ inputs.key.double().mT)
+        assert scores.shape[:2] == (3, 2)
+        attention.append(torch.softmax(scores if inputs.bias is None else scores + inputs.bias, dim=-1))
+    close(torch.stack(attention), expected_attention(model, x), 1e-6)
+    assert [(inputs.layer, inputs.name) for inputs in seen.inputs] == list(enumerate(hooks.layers))
+    assert not seen.tiles
+
+
+def test_what_begins_a_layer_has_all_heads_and_autocast() -> None:
+    q, k, v = qkv(heads=4, key_heads=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), attention_hooks(model := Attention(), seen := Declines()):
+        model(q, k, v, enable_gqa=True)
+    (inputs,) = seen.inputs
+    assert inputs.query.dtype == inputs.key.dtype == torch.bfloat16
+    close(inputs.key.float(), k.bfloat16().repeat_interleave(2, dim=1).float(), 0)
+
+
+def test_one_declines_and_another_sees_all() -> None:
+    model, x = small_vit(depth=3), images()
+    untouched, expected = model(x).detach(), expected_attention(model, x)
+    with torch.no_grad(), attention_hooks(model, some := Declines(1), seen := Assemble(), none := Declines(), tile_bytes=500):
+        close(model(x), untouched, 1e-5)
+    close(seen.attention(), expected, 1e-6)
+    assert set(some.layers) == {1}
+    close(some.layers[1], expected[1], 1e-6)
+    assert not none.tiles
+    assert [len(one.inputs) for one in (some, none)] == [3, 3]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_if_all_decline_the_output_is_the_models_own(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = FAMILIES[name].model(), FAMILIES[name].images()
+    torch.backends.mha.set_fastpath_enabled(False)  # which rounds otherwise
+    try:
+        with torch.set_grad_enabled(grad):
+            untouched = output(model(x))
+            monkeypatch.setattr("vit_probe.tiles.TiledAttention.__call__", None)
+            with leaves_nothing(model), attention_hooks(model, Declines(), Declines(7)) as hooks:
+                result = output(model(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert len(hooks.layers) == 2
+    assert torch.equal(result, untouched)
+
+
+def test_without_observers_the_output_is_the_models_own() -> None:
+    model, x = small_vit(), images()
+    with attention_hooks(model):
+        result = model(x)
+    assert torch.equal(result, model(x))
+
+
+def test_a_layer_that_is_declined_never_has_its_map_made() -> None:
+    q, k, v = (tensor.clone() for tensor in qkv(1, 4, 1024, 8))
+    with attention_hooks(model := Attention(), Declines()), Largest() as largest:
+        result = model(q, k, v)
+    assert largest.nbytes < 1024 * 1024 * 4
+    assert torch.equal(result, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_stop_after_a_layer_that_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, seen = small_vit(depth=3), images(), Declines()
+    fused, calls = AttentionCall.fused, []
+    monkeypatch.setattr(AttentionCall, "fused", lambda call: calls.append(call.layer) or fused(call))
+    with torch.no_grad(), attention_hooks(model, seen) as hooks:
+        for stop in (0, 1, 2):
+            hooks.stop_after = stop
+            with pytest.raises(ForwardStopped):
+                model(x)
+        hooks.stop_after = None
+        result = model(x)
+    assert torch.equal(result, model(x))
+    assert calls == [0, 0, 1, 0, 1, 2]  # where the pass ends, nobody needs the result
+    assert [inputs.layer for inputs in seen.inputs] == [0, 0, 1, 0, 1, 2, 0, 1, 2]
+    assert hooks.layers == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
+
+
+def test_nested_contexts_of_which_one_declines() -> None:
+    model, x = small_vit(), images()
+    expected = expected_attention(model, x)
+    for first, second in ((Declines(), Assemble()), (Assemble(), Declines())):
+        with torch.no_grad(), attention_hooks(model, first), attention_hooks(model, second):
+            model(x)
+        for one in (first, second):
+            if isinstance(one, Declines):
+                assert not one.tiles
+                assert len(one.inputs) == 2
+            else:
+                close(one.attention(), expected, 1e-6)
+
+
+def test_weights_that_the_model_asks_for_and_nobody_else() -> None:
+    model = Weighted(average=False).eval()
+    x = 2 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    untouched = model(x)
+    with attention_hooks(model, seen := Declines()):
+        result, weights = model(x)
+    assert torch.equal(result, untouched[0])
+    assert torch.equal(weights, untouched[1])
+    assert len(seen.inputs) == 1
 
 
 # Precision

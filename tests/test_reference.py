@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from tests.reference import (
     Array,
+    attention_entropy,
     bicubic_resize,
     mean_attention_distance,
     patch_centres,
@@ -135,6 +136,34 @@ def test_sample_spread_of_one_image_is_undefined() -> None:
 def test_distance_refuses_a_grid_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="2 x 3 patches and 0 prefix tokens"):
         mean_attention_distance(_random_attention(1, 1, 1, 7), 2, 3, (8, 8), 0, "drop")
+
+
+# Attention entropy
+
+
+def test_entropy_by_hand() -> None:
+    """Two patches behind a class token; queries averaged before images, the class token's own row left out."""
+    one = [[0.2, 0.4, 0.4], [0.5, 0.25, 0.25], [0.0, 0.5, 0.5]]
+    two = [[0.2, 0.4, 0.4], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    attention = np.array([one, two])[None, :, None]
+
+    result, sample = attention_entropy(attention, 1), attention_entropy(attention, 1, ddof=1)
+
+    first = (1.5 + 1.0) / 2 * math.log(2)  # 1.5 bits and 1 bit; the second image's queries are certain
+    np.testing.assert_allclose(result.mean, [[first / 2]], rtol=1e-14)
+    np.testing.assert_allclose(result.std, [[first / 2]], rtol=1e-14)
+    np.testing.assert_allclose(sample.std, [[first / math.sqrt(2)]], rtol=1e-14)
+    np.testing.assert_allclose(result.prefix_mass, [[((0.5 + 0) / 2 + (0 + 1) / 2) / 2]], rtol=1e-14)
+    np.testing.assert_allclose(result.self_mass, [[((0.25 + 0.5) / 2 + (1 + 0) / 2) / 2]], rtol=1e-14)
+
+
+@pytest.mark.parametrize("num_prefix_tokens", [0, 2])
+def test_entropy_of_uniform_attention_is_the_logarithm_of_the_tokens(num_prefix_tokens: int) -> None:
+    result = attention_entropy(np.full((2, 3, 1, 8, 8), 1 / 8), num_prefix_tokens)
+    np.testing.assert_allclose(result.mean, math.log(8), rtol=1e-14)
+    np.testing.assert_allclose(result.std, 0, atol=1e-14)
+    np.testing.assert_allclose(result.prefix_mass, num_prefix_tokens / 8, rtol=1e-14)
+    np.testing.assert_allclose(result.self_mass, 1 / 8, rtol=1e-14)
 
 
 # Rollout

@@ -84,6 +84,9 @@ def test_interrupted_twice(source: str, every: int, folder: Path, tmp_path: Path
     if source == "folder":
         np.testing.assert_array_equal(run.images.kept(), whole.images.kept())
         assert run.images.skipped == whole.images.skipped != []
+    else:  # the first images cannot be had again, and no others pass for them
+        assert len(whole.images.kept()) == 4
+        assert run.images.kept() is None
 
 
 def test_a_run_that_was_through_is_not_repeated(folder: Path, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 from tests.measures.tiles import feed, random_attention
 from vit_probe import InputError, TokenGrid
 from vit_probe.measure import Measure
-from vit_probe.measures import AttentionDistance, AttentionRollout
+from vit_probe.measures import AttentionDistance, AttentionEntropy, AttentionRollout
 from vit_probe.state import RunState, read_state, write_state
 
 GRID = TokenGrid(2, 3, (8, 6), 1, True)
 IDENTITY = {"model": "abc", "images": "def", "options": [{"prefix": "drop"}, {"size": (2, 3)}]}
 
 
-@pytest.mark.parametrize("kind", [AttentionDistance, AttentionRollout])
+@pytest.mark.parametrize("kind", [AttentionDistance, AttentionEntropy, AttentionRollout])
 def test_a_measure_goes_on_where_its_state_was_taken(kind: type, tmp_path: Path) -> None:
     attention = random_attention(GRID, batch=7)
     whole, first, second = kind(GRID), kind(GRID), kind(GRID)
@@ -41,7 +41,7 @@ def test_a_measure_goes_on_where_its_state_was_taken(kind: type, tmp_path: Path)
         empty.compute()
 
 
-@pytest.mark.parametrize("kind", [AttentionDistance, AttentionRollout])
+@pytest.mark.parametrize("kind", [AttentionDistance, AttentionEntropy, AttentionRollout])
 def test_a_batch_is_taken_back(kind: type) -> None:
     attention = random_attention(GRID, batch=6)
     measure, expected = kind(GRID), kind(GRID)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from vit_probe import terminal
+from vit_probe.processes import Processes
 
 
 def test_progress_shows_rate_and_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +24,15 @@ def test_progress_shows_rate_and_time_left(capsys: pytest.CaptureFixture[str], m
     rate = re.search(r"(\d+) images/s left 0:00:0\d", shown)
     assert rate
     assert 20 < int(rate[1]) <= 200
+
+
+def test_progress_is_shown_by_the_first_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in (0, 1):
+        with terminal.progress(40, Processes(rank, 2)) as advance:
+            advance(10)
+        assert ("images of the first of 2 processes" in capsys.readouterr().err) is (rank == 0)
 
 
 def test_progress_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,13 @@ def test_attention_that_is_a_tenth_off_is_found_in_any_precision(
     monkeypatch.setattr(TiledAttention, "__call__", off)
     model, inputs = Attention(), [tensor.to(dtype) for tensor in qkv()]
     if part == 1.0:
-        with attention_hooks(model, verify=True):
+        with attention_hooks(model, Assemble(), verify=True):
             model(*inputs)
     else:
         with (
             leaves_nothing(model),
             pytest.raises(RuntimeError, match=r"differs by up to .* where rounding explains .* do not trust"),
-            attention_hooks(model, verify=True),
+            attention_hooks(model, Assemble(), verify=True),
         ):
             model(*inputs)
 

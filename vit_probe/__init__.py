@@ -1,4 +1,4 @@
-"""Look inside Vision Transformers: attention distance, embedding filters, position similarity and attention rollout."""
+"""Look inside Vision Transformers: attention distance, entropy and rollout, embedding filters and position similarity."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vit_probe.hooks import attention_hooks
     from vit_probe.images import Preprocessing, sample_photographs
     from vit_probe.measures.attention_distance import mean_attention_distance
+    from vit_probe.measures.attention_entropy import attention_entropy
     from vit_probe.measures.patch_filters import patch_filters
     from vit_probe.measures.position_similarity import position_similarity
     from vit_probe.measures.rollout import attention_rollout
@@ -27,6 +28,7 @@ __all__ = [
     "TokenGrid",
     "ViTConfig",
     "VisionTransformer",
+    "attention_entropy",
     "attention_hooks",
     "attention_rollout",
     "load_model",
@@ -46,7 +48,13 @@ _MODULES = {
     "geometry": ("TokenGrid",),
     "hooks": ("attention_hooks",),
     "images": ("Preprocessing", "sample_photographs"),
-    "measures": ("attention_rollout", "mean_attention_distance", "patch_filters", "position_similarity"),
+    "measures": (
+        "attention_entropy",
+        "attention_rollout",
+        "mean_attention_distance",
+        "patch_filters",
+        "position_similarity",
+    ),
     "positions": ("resize_position_embedding",),
     "results": ("load_result",),
     "tiles": ("AttentionTile",),

@@ -1,8 +1,8 @@
-"""The exceptions for what the user can put right, and the one warning for what had to be assumed."""
+"""The exceptions for what the user can put right or go on from, and the one warning for what had to be assumed."""
 
 from __future__ import annotations
 
-__all__ = ["AssumptionWarning", "InputError", "UnsupportedArchitecture"]
+__all__ = ["AssumptionWarning", "InputError", "ProcessGone", "SharedInputError", "UnsupportedArchitecture"]
 
 
 class InputError(ValueError):
@@ -15,6 +15,14 @@ class InputError(ValueError):
 
 class UnsupportedArchitecture(InputError):
     """Our own `VisionTransformer` does not cover a checkpoint's model, or is not told enough; the library that wrote it may."""
+
+
+class SharedInputError(InputError):
+    """An InputError with which all processes of a run end, whichever of them met it; the first says so for all."""
+
+
+class ProcessGone(RuntimeError):
+    """Another process of the same run has ended before its time."""
 
 
 class AssumptionWarning(UserWarning):

@@ -71,11 +71,17 @@ class TokenGrid:
         return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
 
     def distances(
-        self, start: int = 0, stop: int | None = None, *, device: torch.device | None = None
+        self, start: int = 0, stop: int | None = None, *, device: torch.device | None = None, out: Tensor | None = None
     ) -> Float[Tensor, "query patch"]:
-        """Euclidean distance in pixels from the patches `start` to `stop` to every patch, in float32."""
-        query = torch.arange(*slice(start, stop).indices(self.num_patches), device=device)
-        return _offset_distances(self, device)[self.rows - 1 - query // self.cols, self.cols - 1 - query % self.cols].flatten(1)
+        """Euclidean distance in pixels from the patches `start` to `stop` to every patch, in float32; written to `out`."""
+        start, stop, _ = slice(start, stop).indices(self.num_patches)
+        table = _row_distances(self, device)
+        distances = torch.empty(stop - start, self.num_patches, device=device) if out is None else out
+        for row in range(start // self.cols, -(-stop // self.cols)):
+            first, last = max(start, row * self.cols), min(stop, (row + 1) * self.cols)
+            columns = table[first - row * self.cols : last - row * self.cols]
+            distances[first - start : last - start] = columns.narrow(1, (self.rows - 1 - row) * self.cols, self.num_patches)
+        return distances
 
     def uniform_distance(self) -> float:
         """Mean attention distance, in pixels, of a head that attends to all patches alike."""
@@ -90,12 +96,15 @@ class TokenGrid:
 
 
 @lru_cache(maxsize=4)
-def _offset_distances(grid: TokenGrid, device: torch.device | None) -> Float[Tensor, "row col key_row key_col"]:
-    """Distances from each patch, last patch first: all of them windows of one small table of offsets."""
+def _row_distances(grid: TokenGrid, device: torch.device | None) -> Float[Tensor, "col offset"]:
+    """Distances from a patch in each column to patches from `rows - 1` rows above to as many below, row by row.
+
+    Those of a patch to the patches of the grid lie side by side in it, so that no table of all pairs is needed.
+    """
     down = torch.arange(1 - grid.rows, grid.rows, dtype=torch.float64) * grid.patch_size[0]
     right = torch.arange(1 - grid.cols, grid.cols, dtype=torch.float64) * grid.patch_size[1]
-    offsets = torch.hypot(down[:, None], right[None, :]).float().to(device)
-    return offsets.unfold(0, grid.rows, 1).unfold(1, grid.cols, 1)
+    offsets = torch.hypot(down[:, None], right[None, :]).float()
+    return offsets.unfold(1, grid.cols, 1).flip(1).transpose(0, 1).reshape(grid.cols, -1).to(device)
 
 
 _ALL = slice(None)

@@ -8,6 +8,7 @@ the values, so that one softmax serves the measures and the model's own output, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -17,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from vit_probe.errors import InputError
 from vit_probe.routing import AttentionCall, AttentionRouter, intercepted
-from vit_probe.tiles import AttentionObserver, TiledAttention
+from vit_probe.tiles import TILE_BYTES, AttentionInputs, AttentionObserver, LayerObserver, TiledAttention
 from vit_probe.unseen import check_seen
 from vit_probe.verification import verified
 
@@ -26,7 +27,7 @@ __all__ = ["AttentionHooks", "attention_hooks"]
 
 @contextmanager
 def attention_hooks(
-    model: nn.Module, *observers: AttentionObserver, tile_bytes: int = 4 << 20, verify: bool = False
+    model: nn.Module, *observers: AttentionObserver, tile_bytes: int = TILE_BYTES, verify: bool = False
 ) -> Iterator[AttentionHooks]:
     """Shows the attention of every self-attention layer to `observers` while `model` is called within the context.
 
@@ -39,7 +40,7 @@ def attention_hooks(
     Args:
         model: Any module whose attention goes through `scaled_dot_product_attention`.
         observers: Shown each tile in turn.
-        tile_bytes: Upper bound of a tile's size; one query of one image is the least.
+        tile_bytes: Upper bound of a tile's size; one query of one head of one image is the least.
         verify: Run each call of the whole model a second time with everything switched off, with the same random numbers, and
             compare the outputs.
 
@@ -71,7 +72,8 @@ class AttentionHooks(AttentionRouter):
 
     def __init__(self, observers: tuple[AttentionObserver, ...], tile_bytes: int) -> None:
         super().__init__()
-        self._compute = TiledAttention(observers, tile_bytes)
+        self._observers = observers
+        self._compute = TiledAttention(tile_bytes)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Shows the call's attention to the observers; the fused attention's own result where gradients or dropout need it."""
@@ -85,8 +87,11 @@ class AttentionHooks(AttentionRouter):
             q, k, v = _as_the_kernel_sees(call)
             with torch.autocast(call.query.device.type, enabled=False):
                 bias = _bias(call.mask, q, call.is_causal)
-                output = self._compute(call.layer, call.name, q, k, None if needs_fused or unused else v, bias, call.scale)
-        if needs_fused and not call.shown_only:
+                scale = 1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale
+                layer = AttentionInputs(call.layer, call.name, q, k, bias, scale)
+                watching = [one for one in self._observers if not isinstance(one, LayerObserver) or one.begin_layer(layer)]
+                output = self._compute(layer, None if needs_fused or unused else v, watching) if watching else None
+        if (needs_fused and not call.shown_only) or not (watching or unused):
             return call.fused()
         return v if output is None else output
 

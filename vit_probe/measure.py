@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 from vit_probe.tiles import AttentionTile
 
-__all__ = ["Measure"]
+__all__ = ["Measure", "PerImage"]
 
 
 @runtime_checkable
@@ -28,3 +28,10 @@ class Measure(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
     def merge(self, other: Self) -> None: ...
+
+
+@runtime_checkable
+class PerImage(Protocol):
+    """A measure that keeps something of each image, in the order in which they came."""
+
+    def reorder(self, order: Sequence[int]) -> None: ...

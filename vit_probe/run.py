@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,11 @@ from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.geometry import TokenGrid, first_parameter
 from vit_probe.hooks import attention_hooks
 from vit_probe.images import Preprocessing
-from vit_probe.measure import Measure
+from vit_probe.measure import Measure, PerImage
+from vit_probe.processes import Processes
 from vit_probe.results import software_versions, weights_sha256
 from vit_probe.routing import ForwardStopped, evaluated
-from vit_probe.state import RunState, read_state, write_state
+from vit_probe.state import RunState, differing, read_state, write_state
 from vit_probe.stream import Images, ImageStream
 from vit_probe.survey import survey
 from vit_probe.tiles import AttentionObserver
@@ -42,6 +44,7 @@ class AttentionRun:
             or a device of torch. The model is moved back afterwards.
         keep_images: How many photographs to keep for display; see `ImageStream.kept`.
         on_error: What becomes of a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
+        processes: Those that share the images; all of them must make a run of the same model and images.
 
     Attributes:
         layers, skipped, windows: See `vit_probe.survey.Survey`.
@@ -61,12 +64,18 @@ class AttentionRun:
         device: str = "auto",
         keep_images: int = 0,
         on_error: Literal["stop", "skip"] = "stop",
+        processes: Processes | None = None,
     ) -> None:
         self.model = model
+        self.processes = processes or Processes()
         self._home = first_parameter(model).device
-        self.device = self._home if device == "auto" and self._home.type != "cpu" else select_device(device)
+        stays = device == "auto" and self._home.type != "cpu"
+        self.device = self._home if stays else select_device(self.processes.device(device))
         preprocessing = preprocessing or getattr(model, "preprocessing", None)
-        self.images = ImageStream(images, preprocessing, batch_size=batch_size, keep=keep_images, on_error=on_error)
+        shard = (self.processes.rank, self.processes.count)
+        self.images = ImageStream(
+            images, preprocessing, batch_size=batch_size, keep=keep_images, on_error=on_error, shard=shard
+        )
         with self._on_device():
             found = survey(model, *self.images.image_size, grid=grid)
         self._at_once: int | None = None  # images that memory holds, where it does not hold a batch
@@ -82,29 +91,39 @@ class AttentionRun:
         """Shows `measures` the attention of every layer on every image; `progress` is told the images of each batch.
 
         Each forward pass ends after the last layer's attention. A batch that memory does not hold is halved, and so are those
-        after it.
+        after it. Each of several processes shows its share of the images; then `measures` and `images` of the first have those
+        of all, in the order of the whole list, and the others go on as soon as it has them.
 
         Args:
-            measures: Observers for `attention_hooks`; with `state`, measures of this package.
+            measures: Observers for `attention_hooks`; with `state` or in several processes, measures of this package, and in
+                several that have seen nothing yet.
             progress: Called after each batch; with what was done before, where the run goes on.
-            state: A file that keeps how far the run has come. Where it is there already, the run goes on from it, and ends with
-                the numbers of a run that was never interrupted.
+            state: A file that keeps how far the run has come, for each process its own. Where it is there already, the run goes
+                on from it, and ends with the numbers of a run that was never interrupted.
             every: Batches after which the state is written.
 
         Raises:
             InputError: If a measure cannot use the attention, the images are not as they were announced, or the state is of
                 another run.
+            ProcessGone: If another process has ended. This one has kept its state.
         """
-        kept = [measure for measure in measures if isinstance(measure, Measure)] if state is not None else []
-        identity = self._identity(kept) if state is not None else {}
+        several = self.processes.count > 1
+        kept = [measure for measure in measures if isinstance(measure, Measure)] if several or state is not None else []
+        if (several or state is not None) and len(kept) < len(measures):
+            raise InputError(
+                "a run with observers that cannot be kept (see vit_probe.measure.Measure) has no state, and is in one process"
+            )
+        identity = self._identity(kept) if several or state is not None else {}
+        fresh = [deepcopy(measure) for measure in kept] if several else []
 
         def keep() -> None:
             if state is not None:
                 write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in kept]))
 
-        if state is not None and len(kept) < len(measures):
-            raise InputError("a run with observers that cannot be kept (see vit_probe.measure.Measure) has no state")
-        if state is not None and (found := read_state(state, identity)) is not None:
+        self._check_alike(identity)
+        with self.processes.together():
+            found = None if state is None else read_state(state, identity)
+        if found is not None:
             self.images.go_on(found.images)
             for measure, values in zip(kept, found.measures, strict=True):
                 measure.restore(values)
@@ -125,6 +144,33 @@ class AttentionRun:
                 if number % every == 0:
                     keep()
         keep()
+        if several:
+            self._gather(kept, fresh)
+
+    def _gather(self, measures: Sequence[Measure], fresh: Sequence[Measure]) -> None:
+        """Adds what the other processes have to what the first has, in the order of the whole list."""
+        with self.processes.together():
+            found = self.processes.gathered((self.images.record(), [measure.state() for measure in measures]))
+            if not self.processes.first:
+                return
+            for _, states in found[1:]:
+                for measure, other, state in zip(measures, fresh, states, strict=True):
+                    other.restore(state)
+                    measure.merge(other)
+            order = self.images.merge([record for record, _ in found])
+            for measure in measures:
+                if isinstance(measure, PerImage):
+                    measure.reorder(order)
+
+    def _check_alike(self, identity: dict[str, Any]) -> None:
+        """Raises InputError in all processes unless they have the same model, images and options."""
+        with self.processes.together():
+            for rank, other in enumerate(self.processes.gathered(identity)):
+                if names := differing(identity, other | {"process": 0}):
+                    raise InputError(
+                        f"process {rank} has not the same {names} as process 0; start all with the same model, images and "
+                        "options"
+                    )
 
     def _identity(self, measures: Sequence[Measure]) -> dict[str, Any]:
         """What a state must be of to be gone on with."""
@@ -135,6 +181,8 @@ class AttentionRun:
             "grid": asdict(self.grid),
             "batch size": self.images.batch_size,
             "measures": [[type(measure).__name__, measure.options] for measure in measures],
+            "number of processes": self.processes.count,
+            "process": self.processes.rank,
         }
 
     def _show(self, batch: Float[Tensor, "image channel height width"], measures: Sequence[AttentionObserver]) -> None:
@@ -167,7 +215,8 @@ class AttentionRun:
         try:
             if self.device != self._home:
                 self.model.to(self.device)
-            yield
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                yield
         finally:
             if self.device != self._home:
                 self.model.to(self._home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from safetensors.numpy import save
 from vit_probe.errors import InputError
 from vit_probe.files import write_bytes
 
-__all__ = ["RunState", "read_state", "write_state"]
+__all__ = ["RunState", "differing", "read_state", "state_file", "write_state"]
+
+_FILE = re.compile(r"run-state(?:-\d+-of-(\d+))?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,24 @@ class RunState:
 
     images: dict[str, Any]
     measures: list[dict[str, Any]]
+
+
+def state_file(folder: Path, rank: int, count: int, *, go_on: bool) -> Path:
+    """Where one of `count` processes keeps its state in `folder`; what earlier runs left there is removed, unless to go on.
+
+    Raises:
+        InputError: If it is to go on with a run of another number of processes.
+    """
+    for found in (match for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))):
+        earlier = int(found[1] or 1)
+        if not go_on:
+            (folder / found[0]).unlink(missing_ok=True)
+        elif earlier != count:
+            raise InputError(
+                f"{folder} holds the state of a run in {_processes(earlier)}, and this one is in {_processes(count)}; go on "
+                f"in {_processes(earlier)}, or start without --resume"
+            )
+    return folder / ("run-state.safetensors" if count == 1 else f"run-state-{rank}-of-{count}.safetensors")
 
 
 def write_state(path: Path, identity: Mapping[str, Any], state: RunState) -> Path:
@@ -64,10 +85,9 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
         content = json.loads(metadata["vit_probe_state"])
     except (SafetensorError, KeyError):
         raise InputError(f"{path} is no state of a run; delete it, or start without going on") from None
-    differing = [name for name, value in _as_json(identity).items() if content["identity"].get(name) != value]
-    if differing:
+    if names := differing(identity, content["identity"]):
         raise InputError(
-            f"{path} is the state of another run, which differs in its {_listed(differing)}; to go on with it, give what it "
+            f"{path} is the state of another run, which differs in its {names}; to go on with it, give what it "
             "was started with, or start without going on"
         )
     measures = [dict(plain) for plain in content["measures"]]
@@ -77,10 +97,20 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
     return RunState(content["images"], measures)
 
 
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What the runs of two identities differ in, in words; empty if in nothing."""
+    theirs = _as_json(other)
+    return _listed([name for name, value in _as_json(one).items() if theirs.get(name) != value])
+
+
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON will give it back, so that what is equal compares equal."""
     return dict(json.loads(json.dumps(values, default=str)))
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"

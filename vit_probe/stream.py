@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from vit_probe.ahead import ahead, mapped
 from vit_probe.errors import InputError
 from vit_probe.images import Preprocessing, check_image, decode_image, decoding, read_image
 from vit_probe.items import Drawn
+from vit_probe.record import Record
 from vit_probe.sources import Batches, IndexedImages, Share, open_source
 
 __all__ = ["ImageStream", "Images"]
@@ -47,7 +47,7 @@ class ImageStream:
         images: See `Images`. Their order is taken to be the same each time.
         preprocessing: Needed for photographs and files; tensors are taken as they are.
         batch_size: Images a batch, where this class forms the batches.
-        keep: How many photographs to keep for display, from the first, as the model saw them.
+        keep: Of how many images, from the first, the photographs are kept for display, as the model saw them.
         on_error: What becomes of a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
         start: How many images to pass over at the start, without decoding them. Those of an iterable are drawn and dropped.
         shard: (rank, processes): only images whose index in the whole list leaves `rank` when divided by `processes`.
@@ -85,7 +85,7 @@ class ImageStream:
         self._share = Share(start, *shard)
         self._keep = keep
         self._done: Mapping[str, Any] | None = None
-        self._begin()
+        self._record = Record(position=start)
         self._source = open_source(images, batch_size)
         total, first = self._source.total, self._source.first
         if total is not None and start > total:
@@ -118,69 +118,91 @@ class ImageStream:
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch channel height width"]]:
         """Goes through the images; for an iterator, such as a generator, once only."""
-        self._begin()
-        if self._done is not None:
+        done, self._done = self._done, None
+        self._record = Record(position=self._share.start) if done is None else Record.restored(done)
+        if done is not None:
             self._keep_again()
-            self._done = None
         with closing(self._given() if isinstance(self._source, Batches) else self._prepared()) as batches:
-            for batch in batches:
-                self.names += batch.names
-                self.indices += batch.indices
-                self.skipped += batch.skipped
-                self.position = batch.position
-                self._digests += batch.digests
-                if batch.images is None:
-                    continue
-                if self.preprocessing is not None and (missing := self._keep - sum(map(len, self._kept))) > 0:
-                    self._kept.append(self.preprocessing.denormalize(batch.images[:missing]))
-                yield batch.images
-        if self.skipped and not self.names and self._share == Share():
-            name, reason = self.skipped[0]
-            raise InputError(f"none of the {len(self.skipped)} images can be read; the first, {name}: {reason}")
+            for images, record in batches:
+                wanted = max(self._keep - len(self.names), 0)
+                if self.preprocessing is not None and images is not None and wanted:
+                    pictures = self.preprocessing.denormalize(images[:wanted])
+                    record.pictures = dict(zip(record.indices, pictures, strict=False))
+                self._record.add(record)
+                if images is not None:
+                    yield images
+        if self._share == Share():
+            self._record.check_any()
+
+    @property
+    def names(self) -> list[str]:
+        return self._record.names
+
+    @property
+    def indices(self) -> list[int]:
+        return self._record.indices
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return self._record.skipped
+
+    @property
+    def position(self) -> int:
+        return self._record.position
 
     def kept(self) -> np.ndarray | None:
-        """The photographs kept for display, uint8 (image, height, width, channel); None where no preprocessing is known."""
-        return np.concatenate(self._kept) if self._kept else None
+        """The photographs kept for display, uint8 (image, height, width, channel).
+
+        None where no preprocessing is known, or the images came before a state that `go_on` took and cannot be had again.
+        """
+        return self._record.shown(self._keep)
 
     def provenance(self) -> dict[str, Any]:
         """Number, names and hash of the images that the last iteration went through, and why others were left out."""
-        skipped: dict[str, str] = {}
-        times = Counter[str]()
-        for name, reason in self.skipped:
-            times[name] += 1
-            skipped[name if times[name] == 1 else f"{name} ({times[name]})"] = reason
-        digest = hashlib.sha256("".join(self._digests).encode()).hexdigest()
-        return {"count": len(self.names), "names": self.names, "sha256": digest, "skipped": skipped}
+        return self._record.provenance()
 
     def state(self) -> dict[str, Any]:
         """What `go_on` needs to go on after the batch given last."""
-        return {"position": self.position, "digests": self._digests} | {
-            name: getattr(self, name) for name in ("names", "indices", "skipped")
-        }
+        return self._record.state()
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Has the next iteration begin where `state` was taken, of a stream of the same images, with what came before."""
         self._done = state
 
-    def _begin(self) -> None:
-        done = self._done or {}
-        self.names: list[str] = list(done.get("names", ()))
-        self.indices: list[int] = list(done.get("indices", ()))
-        self.skipped: list[tuple[str, str]] = [(name, reason) for name, reason in done.get("skipped", ())]
-        self.position = int(done.get("position", self._share.start))
-        self._digests: list[str] = list(done.get("digests", ()))
-        self._kept: list[np.ndarray] = []
+    def record(self) -> Record:
+        """What the last iteration went through, for `merge`."""
+        return self._record
+
+    def merge(self, records: Sequence[Record]) -> list[int]:
+        """Makes what the streams of all shards went through that of this one, in the order of the whole list.
+
+        Args:
+            records: Of all shards, this one included.
+
+        Returns:
+            For each image, its place among those of the first shard, followed by those of the second and so on.
+
+        Raises:
+            InputError: If there were images, and none could be read.
+        """
+        together = Record()
+        for record in records:
+            together.add(record)
+        together.position = max(record.position for record in records)
+        self._record, order = together.in_order()
+        self._record.check_any()
+        return order
 
     def _keep_again(self) -> None:
         """Prepares the photographs once more that are kept for display and that an earlier run went through."""
         if self.preprocessing is None or not isinstance(self._source, IndexedImages):
             return
+        wanted = set(self.indices[: self._keep])
         for drawn in self._source.draw(self._share):
-            if drawn.index >= self.position or sum(map(len, self._kept)) >= self._keep:
+            if drawn.index > max(wanted, default=-1):
                 break
-            image = self._prepare(drawn).image
-            if image is not None:
-                self._kept.append(self.preprocessing.denormalize(image[None]))
+            if drawn.index in wanted and (image := self._prepare(drawn).image) is not None:
+                (self._record.pictures[drawn.index],) = self.preprocessing.denormalize(image[None])
 
     def _given(self) -> Generator[_Batch, None, None]:
         """Batches that were given as such."""
@@ -188,7 +210,7 @@ class ImageStream:
         for indices, images in self._source.draw(replace(self._share, start=self.position)):
             self._check_size(images)
             digests = [hashlib.sha256(_numbers(image)).hexdigest() for image in images]
-            yield _Batch(images, [f"image {index}" for index in indices], list(indices), digests, indices[-1] + 1)
+            yield _Batch(images, Record(indices[-1] + 1, [f"image {index}" for index in indices], list(indices), digests))
 
     def _prepared(self) -> Generator[_Batch, None, None]:
         """Batches of images, prepared ahead."""
@@ -217,25 +239,24 @@ class ImageStream:
 
     def _batched(self, prepared: Generator[_Prepared, None, None]) -> Generator[_Batch, None, None]:
         """Gathers images into batches."""
-        batch, images = _Batch(), list[Tensor]()
+        record, images = Record(), list[Tensor]()
         with closing(prepared):
             for one in prepared:
-                batch.position = one.drawn.index + 1
+                record.position = one.drawn.index + 1
                 if one.image is None:
-                    batch.skipped.append((one.drawn.name, one.reason))
+                    record.skipped.append((one.drawn.name, one.reason))
+                    record.skipped_indices.append(one.drawn.index)
                     continue
                 self._check_size(one.image)
                 images.append(one.image)
-                batch.names.append(one.drawn.name)
-                batch.indices.append(one.drawn.index)
-                batch.digests.append(one.digest)
+                record.names.append(one.drawn.name)
+                record.indices.append(one.drawn.index)
+                record.digests.append(one.digest)
                 if len(images) == self.batch_size:
-                    batch.images = _stacked(images)
-                    yield batch
-                    batch, images = _Batch(), []
-        if images or batch.skipped:
-            batch.images = _stacked(images) if images else None
-            yield batch
+                    yield _Batch(_stacked(images), record)
+                    record, images = Record(), []
+        if images or record.skipped:
+            yield _Batch(_stacked(images) if images else None, record)
 
     def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
@@ -256,16 +277,11 @@ class _Prepared:
     reason: str = ""
 
 
-@dataclass
-class _Batch:
-    """Images, and how things stand after them; None where all that was left was broken."""
+class _Batch(NamedTuple):
+    """Images, None where all that was left was broken; and what was gone through since the batch before."""
 
-    images: Tensor | None = None
-    names: list[str] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-    position: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    images: Tensor | None
+    record: Record
 
 
 def _numbers(images: Tensor) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import Abort, TyperException
 
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import AssumptionWarning, InputError, ProcessGone, SharedInputError
+from vit_probe.processes import Processes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,22 +31,69 @@ def complain(sentence: str) -> None:
 
 
 def run(app: typer.Typer) -> None:
-    """Runs a command; what the user can put right is one sentence on standard error and exit code 2."""
-    warnings.showwarning = _show_warning
-    warnings.simplefilter("always", AssumptionWarning)
+    """Runs a command, in this process or as one of several; what the user can put right is one sentence and exit code 2.
+
+    The command finds its `Processes` as `obj` in typer's context.
+    """
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        with Processes.here().joined() as processes:
+            code = _run(app, processes)
+    except InputError as error:  # the others cannot be met
+        complain(str(error))
+        code = 2
+    sys.exit(code)
+
+
+def _run(app: typer.Typer, processes: Processes) -> int:
+    """The exit code. Of several processes the first alone prints, but for what another alone has met."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always" if processes.first else "ignore", AssumptionWarning)
+    name = f"process {processes.rank} of {processes.count}"
+    try:
+        with _told_to_end(processes), nullcontext() if processes.first else redirect_stdout(StringIO()):
+            return app(standalone_mode=False, obj=processes) or 0
+    except SharedInputError as error:
+        message, shared = str(error), True
     except InputError as error:
-        message = str(error)
+        message, shared = str(error) if processes.count == 1 else f"in {name}: {error}", False
+    except ProcessGone as error:
+        message, shared = f"{error}; the same command with --resume goes on with what was done", False
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        message = message.replace("Value error, ", "")
-        if not message:  # no command: help was shown
-            sys.exit(2)
+        message, shared = message.replace("Value error, ", ""), True
+    except _Ended:
+        if processes.first:
+            complain(f"{name} was told to end, as torchrun does when one is gone; the same command with --resume goes on")
+        return 128 + signal.SIGTERM
     except (Abort, KeyboardInterrupt):
-        sys.exit(130)
-    complain(message)
-    sys.exit(2)
+        return 130
+    if message and (processes.first or not shared):  # no message: no command, and help was shown
+        complain(message)
+    if shared:
+        with suppress(ProcessGone):  # not before the first has spoken: torchrun ends all as soon as one has failed
+            processes.told(None)
+    return 2
+
+
+class _Ended(BaseException):
+    """Whoever started several processes told this one to end."""
+
+
+@contextmanager
+def _told_to_end(processes: Processes) -> Iterator[None]:
+    """Has SIGTERM, with which torchrun ends the others when one process is gone, raise `_Ended`."""
+
+    def end(*signal_and_frame: object) -> None:
+        raise _Ended
+
+    if processes.count == 1:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that is left is to say how it ended
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -71,8 +121,11 @@ def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
 
 
 @contextmanager
-def progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on standard error, if that is a terminal; yields what is told the number of images done."""
+def progress(total: int | None, processes: Processes | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on standard error, if that is a terminal; yields what is told the number of images done.
+
+    Of several processes the first shows how far it is with its own share.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -82,7 +135,9 @@ def progress(total: int | None) -> Iterator[Callable[[int], None]]:
             return Text("" if speed is None else f"{speed:.{0 if speed >= 10 else 1}f} images/s")
 
     console = Console(stderr=True)
-    columns = TextColumn("images"), BarColumn(), MofNCompleteColumn(), Rate(), TextColumn("left"), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    processes = processes or Processes()
+    share = "images" if processes.count == 1 else f"images of the first of {processes.count} processes"
+    columns = TextColumn(share), BarColumn(), MofNCompleteColumn(), Rate(), TextColumn("left"), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not (processes.first and console.is_terminal)) as bar:
         task = bar.add_task("images", total=total)
         yield lambda count: bar.advance(task, count)

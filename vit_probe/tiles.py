@@ -3,120 +3,168 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["AttentionObserver", "AttentionTile", "TiledAttention"]
+__all__ = ["TILE_BYTES", "AttentionInputs", "AttentionObserver", "AttentionTile", "LayerObserver", "TiledAttention"]
+
+TILE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """The attention of some queries of some images in one layer.
+    """The attention of some queries of some heads and images in one layer.
 
     Args:
         layer: Number of the self-attention layer, from 0, in the order of the first calls.
         name: Path of the module that made the call, such as `blocks.0.attn`.
         images: Which images of the batch; where attention is within windows, which windows: those of the first image, then
             those of the second, and so on.
+        heads: Which heads.
         queries: Which query tokens.
+        num_heads: Heads of the layer.
         num_tokens: Tokens of the sequence, or of a window.
         probabilities: Softmax weights over all tokens, in float32 or float64. The memory is used again for the next tile:
             reduce it or copy it, and do not write to it.
+        scores: What the softmax was taken of, scaled products of queries and keys plus bias, less each query's largest; the
+            least finite number where a mask hides a key. In such memory, too. Only if an observer has `wants_scores = True`.
     """
 
     layer: int
     name: str
     images: slice
+    heads: slice
     queries: slice
+    num_heads: int
     num_tokens: int
     probabilities: Float[Tensor, "image head query key"]
+    scores: Float[Tensor, "image head query key"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What the attention of a layer is computed of.
+
+    Args:
+        layer: As in `AttentionTile`.
+        name: As in `AttentionTile`.
+        query, key: As the layer's kernel gets them, each with as many heads.
+        bias: What is added to the scaled products; None if nothing is.
+        scale: Factor of the products.
+    """
+
+    layer: int
+    name: str
+    query: Float[Tensor, "image head query dim"]
+    key: Float[Tensor, "image head key dim"]
+    bias: Float[Tensor, "image head query key"] | None
+    scale: float
 
 
 class AttentionObserver(Protocol):
-    """What `attention_hooks` shows attention to. Tiles come layer by layer, then by images, then by queries, each in order."""
+    """What `attention_hooks` shows attention to. Tiles come by layers, then by images, queries, heads, each in order."""
 
     def update(self, tile: AttentionTile) -> None: ...
 
 
+@runtime_checkable
+class LayerObserver(AttentionObserver, Protocol):
+    """An observer that is asked first whether it needs the tiles of a layer. If none does, they are not computed."""
+
+    def begin_layer(self, inputs: AttentionInputs) -> bool: ...
+
+
 class TiledAttention:
-    """Computes attention in one workspace of bounded size, which is kept: fresh pages cost more than the arithmetic.
+    """Computes attention in a workspace of bounded size, which is kept: fresh pages cost more than the arithmetic.
 
     Args:
-        observers: Shown each tile in turn.
-        tile_bytes: Upper bound of a tile's size; one query of one image is the least.
+        tile_bytes: Upper bound of a tile's size; one query of one head of one image is the least.
     """
 
-    def __init__(self, observers: tuple[AttentionObserver, ...], tile_bytes: int) -> None:
-        self._observers = observers
+    def __init__(self, tile_bytes: int) -> None:
         self._tile_bytes = tile_bytes
-        self._workspace = torch.empty(0)
+        self._workspaces: dict[str, Tensor] = {}
 
     def __call__(
         self,
-        layer: int,
-        name: str,
-        query: Float[Tensor, "image head query dim"],
-        key: Float[Tensor, "image head key dim"],
+        inputs: AttentionInputs,
         value: Float[Tensor, "image head key value_dim"] | None,
-        bias: Float[Tensor, "image head query key"] | None,
-        scale: float | None,
+        observers: Sequence[AttentionObserver],
     ) -> Float[Tensor, "image head query value_dim"] | None:
         """Shows every tile to the observers; returns probabilities @ value where there is a value."""
-        batch, heads, tokens, dim = query.shape
-        scale = 1 / math.sqrt(dim) if scale is None else scale
+        query, key, bias = inputs.query, inputs.key, inputs.bias
+        batch, heads, length, dim = query.shape
+        tokens = key.shape[-2]
         dtype = torch.promote_types(query.dtype, torch.float32)
-        workspace = self._reserve(dtype, query.device)
-        at_once, rows = _tile_shape(batch, heads, tokens, len(workspace))
-        if at_once == 0:
-            workspace = workspace.new_empty(heads * tokens)
-            at_once = rows = 1
+        scored = any(getattr(observer, "wants_scores", False) for observer in observers)
+        at_once, heads_at_once, rows = _tile_shape(batch, heads, length, tokens, self._tile_bytes // dtype.itemsize)
+        least = torch.finfo(dtype).min
+        size = at_once * heads_at_once * rows * tokens
+        memory = self._reserve("scores", size, dtype, query.device)
+        target = self._reserve("probabilities", size, dtype, query.device) if scored else memory
         output = None
         if value is not None:  # laid out as the fused kernels do, so that the heads merge without a copy
-            output = value.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+            output = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         for images in _slices(batch, at_once):
             count = images.stop - images.start
             # For one image these are views; several are copied, which costs little for the short sequences it is done for.
-            group_query, group_key = (t[images].reshape(count * heads, tokens, dim).to(dtype) for t in (query, key))
+            group_query, group_key = (t[images].reshape(count * heads, -1, dim).to(dtype) for t in (query, key))
             group_value = None if value is None else value[images].reshape(count * heads, tokens, -1).to(dtype)
-            for queries in _slices(tokens, rows):
-                length = queries.stop - queries.start
-                scores = workspace[: count * heads * length * tokens].view(count * heads, length, tokens)
-                torch.baddbmm(scores, group_query[:, queries], group_key.mT, beta=0, alpha=scale, out=scores)
-                tile = scores.view(count, heads, length, tokens)
-                if bias is None:
-                    torch.softmax(scores, dim=-1, out=scores)
-                else:
-                    tile += bias[images, :, queries]
-                    empty = scores.amax(dim=-1, keepdim=True) == -torch.inf
-                    torch.softmax(scores, dim=-1, out=scores)
-                    scores.masked_fill_(empty, 0)  # a query that may attend to nothing attends to nothing
-                for observer in self._observers:
-                    observer.update(AttentionTile(layer, name, images, queries, tokens, tile))
-                if output is not None and group_value is not None:
-                    output[images, :, queries] = torch.bmm(scores, group_value).view(count, heads, length, -1).to(output.dtype)
+            for queries in _slices(length, rows):
+                for some in _slices(heads, heads_at_once):
+                    shape = (count, some.stop - some.start, queries.stop - queries.start, tokens)
+                    group = slice(some.start, some.start + count * shape[1])  # several images come with all their heads
+                    scores, probabilities = (m[: math.prod(shape)].view(-1, *shape[2:]) for m in (memory, target))
+                    products = group_query[group, queries], group_key[group].mT
+                    torch.baddbmm(scores, *products, beta=0, alpha=inputs.scale, out=scores)
+                    if bias is not None:
+                        scores.view(shape).add_(bias[images, some, queries])
+                    if bias is None and not scored:
+                        torch.softmax(scores, dim=-1, out=probabilities)
+                    else:
+                        largest = scores.amax(dim=-1, keepdim=True)
+                        if scored:
+                            scores.sub_(largest.clamp_min(least))
+                        if scored and bias is not None:
+                            scores.clamp_min_(least)
+                        torch.softmax(scores, dim=-1, out=probabilities)
+                        if bias is not None:
+                            probabilities.masked_fill_(largest == -torch.inf, 0)  # who may attend to nothing does not attend
+                    places = (inputs.layer, inputs.name, images, some, queries, heads, tokens)
+                    tile = AttentionTile(*places, probabilities.view(shape), scores.view(shape) if scored else None)
+                    for observer in observers:
+                        observer.update(tile)
+                    if output is not None and group_value is not None:
+                        product = torch.bmm(probabilities, group_value[group])
+                        output[images, some, queries] = product.view(*shape[:3], -1).to(output.dtype)
         return output
 
-    def _reserve(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self._workspace.dtype != dtype or self._workspace.device != device or self._workspace.numel() == 0:
+    def _reserve(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that is used again; never less than before, so that layers of different sizes share it."""
+        kept = self._workspaces.get(name)
+        if kept is None or kept.dtype != dtype or kept.device != device or kept.numel() < size:
             with torch.inference_mode(False):
-                self._workspace = torch.empty(max(1, self._tile_bytes // dtype.itemsize), dtype=dtype, device=device)
-        return self._workspace
+                kept = self._workspaces[name] = torch.empty(size, dtype=dtype, device=device)
+        return kept
 
 
-def _tile_shape(batch: int, heads: int, tokens: int, elements: int) -> tuple[int, int]:
-    """Images and queries of a tile: whole images where one fits, else queries of one image; (0, 0) where not one query fits."""
-    whole = elements // (heads * tokens * tokens)
+_ALONE = 4  # an image that takes as many parts of a tile is not worth the copy that it takes to join it to others
+_ROWS = 64  # with fewer queries, a product with all keys spends its time on reading the keys
+
+
+def _tile_shape(batch: int, heads: int, queries: int, tokens: int, elements: int) -> tuple[int, int, int]:
+    """Images, heads and queries of a tile: whole images where one fits, else queries of all heads or of one, in equal parts."""
+    whole = elements // (heads * queries * tokens)
     if whole:
-        return min(batch, whole), tokens
-    rows = elements // (heads * tokens)
-    if rows == 0:
-        return 0, 0
-    return 1, math.ceil(tokens / math.ceil(tokens / rows))
+        return min(batch, max(1, whole // _ALONE)), heads, queries
+    heads_at_once = heads if elements >= heads * min(queries, _ROWS) * tokens else 1
+    rows = max(1, min(queries, elements // (heads_at_once * tokens)))
+    return 1, heads_at_once, math.ceil(queries / math.ceil(queries / rows))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -115,11 +115,11 @@ def test_a_method_that_measures_something_else_stops_it(
 def test_a_model_with_other_weights_stops_it(floor: str) -> None:
     setting = Setting(tiny(4), CPU, torch.float32)
     run = METHODS[floor].prepare(setting)
-    output = run()
+    output = run(setting.batches)
     with torch.no_grad():
         setting.own.blocks[1].mlp.fc2.bias[0] += 1  # the models share their weights
     with pytest.raises(RuntimeError, match="output differs"):
-        check_agreement(floor, run(), output, 1e-3)
+        check_agreement(floor, run(setting.batches), output, 1e-3)
 
 
 def test_numbers_of_another_shape_or_none_are_refused() -> None:
@@ -134,7 +134,7 @@ def test_numbers_of_another_shape_or_none_are_refused() -> None:
 
 def test_heads_attend_unevenly_so_that_agreement_means_something() -> None:
     setting = Setting(tiny(6), CPU, torch.float32)
-    distance = METHODS["vit-probe-distance"].prepare(setting)()["distance"]
+    distance = METHODS["vit-probe-distance"].prepare(setting)(setting.batches)["distance"]
     assert np.abs(distance / setting.grid.uniform_distance() - 1).max() > 0.02
     assert distance.std() > 0.01 * distance.mean()
 

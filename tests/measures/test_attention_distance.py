@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from tests import reference
-from tests.checkpoints.parity import randomize
 from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
-from tests.models import FAMILIES, expected_attention, images, small_vit
+from tests.models import FAMILIES, expected_attention, images, small_vit, swin
 from vit_probe import InputError, TokenGrid, attention_hooks, load_result, mean_attention_distance
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult
 from vit_probe.run import AttentionRun
@@ -64,6 +63,18 @@ def test_models_of_every_family(name: str, prefix: str) -> None:
     result = mean_attention_distance(model, x, prefix=prefix, batch_size=2, device="cpu")
     agrees(result, attention, family.grid, prefix)
     assert result.distance.std() > 0.02  # heads differ, so that the comparison means something
+
+
+@pytest.mark.parametrize("tiling", [dict(), dict(rows=1), dict(rows=5, heads=1), dict(images=2, rows=9), dict(batch_size=2)])
+def test_distances_that_are_not_kept(tiling: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large grid only those of a tile's queries are made, in memory that is used again."""
+    monkeypatch.setattr("vit_probe.measures.image_means._KEPT_DISTANCES", 0)
+    attention = random_attention(GRID, heads=3)
+    measure = AttentionDistance(GRID)
+    for _ in range(2):
+        feed(measure, attention, **tiling)
+        feed(measure, attention, **tiling, dtype=torch.float64)
+    agrees(measure.compute(), np.concatenate([attention] * 4, axis=1), GRID, "renormalize")
 
 
 def test_the_two_modes_differ_where_there_are_prefix_tokens_only() -> None:
@@ -300,11 +311,11 @@ def test_nothing_measured() -> None:
 def test_shards_that_do_not_belong_together(other: AttentionDistance) -> None:
     measure = feed(AttentionDistance(GRID), random_attention(GRID))
     before = measure.compute()
-    with pytest.raises(InputError, match="cannot merge distances"):
+    with pytest.raises(InputError, match="cannot merge attention distances"):
         measure.merge(other)
     np.testing.assert_array_equal(measure.compute().distance, before.distance)
     empty = AttentionDistance(replace(GRID, num_prefix_tokens=3))
-    with pytest.raises(InputError, match="cannot merge distances"):
+    with pytest.raises(InputError, match="cannot merge attention distances"):
         empty.merge(measure)
     with pytest.raises(InputError, match="no attention"):
         empty.compute()
@@ -344,16 +355,8 @@ class _Only:
 # Windows
 
 
-def _swin():  # type: ignore[no-untyped-def]
-    from transformers import SwinConfig, SwinModel
-
-    torch.manual_seed(0)
-    sizes = dict(image_size=48, patch_size=4, window_size=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2])
-    return randomize(SwinModel(SwinConfig(**sizes)).eval())
-
-
 def test_parts_of_windowed_images_are_merged() -> None:
-    model, x = _swin(), images(48, 48, batch=5)
+    model, x = swin(), images(48, 48, batch=5)
     whole = mean_attention_distance(model, x, batch_size=5, device="cpu")
     found = survey(model, 48, 48)
     measures = []
@@ -368,13 +371,13 @@ def test_parts_of_windowed_images_are_merged() -> None:
     for name in ("distance", "std", "patch_mass"):
         np.testing.assert_allclose(getattr(result, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
     other = AttentionDistance(found.grid)
-    with pytest.raises(InputError, match="cannot merge distances within other windows"):
+    with pytest.raises(InputError, match="cannot merge attention distances within other windows"):
         other.merge(measures[0])
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 5])
 def test_a_windowed_pass_that_broke_off_leaves_nothing(tiles: int) -> None:
-    model, x = _swin(), images(48, 48, batch=3)
+    model, x = swin(), images(48, 48, batch=3)
     found = survey(model, 48, 48)
     measure = AttentionDistance(found.grid, windows=found.windows)
     with pytest.raises(RuntimeError, match="interrupted"), torch.no_grad():  # noqa: SIM117

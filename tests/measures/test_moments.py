@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,16 +16,17 @@ from vit_probe.measures.moments import Moments
     parts=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(lambda parts: sum(parts) > 0),
     offset=st.sampled_from([0.0, 1e6]),
     seed=st.integers(0, 99),
+    order=st.randoms(use_true_random=False),
 )
-def test_any_split_gives_the_moments_of_all(parts: list[int], offset: float, seed: int) -> None:
+def test_any_split_gives_the_moments_of_all_in_any_order(parts: list[int], offset: float, seed: int, order: Random) -> None:
     values = np.random.default_rng(seed).normal(size=(sum(parts), 2, 3)) + offset
-    together, start = Moments.none(2, 3), 0
-    for count in parts:
+    together, split = Moments.none(2, 3), np.split(values, np.cumsum(parts)[:-1])
+    order.shuffle(split)
+    for rows in split:
         part = Moments.none(2, 3)
-        for row in values[start : start + count]:
+        for row in rows:
             part.merge(Moments.of(row[None]))
         together.merge(part)
-        start += count
     assert together.count == len(values)
     np.testing.assert_allclose(together.mean, values.mean(axis=0), rtol=1e-12, atol=1e-12)
     if len(values) > 1:

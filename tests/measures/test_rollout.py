@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +17,17 @@ from torch.nn import functional as F
 
 from tests import reference
 from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
-from tests.models import FAMILIES, expected_attention, images, small_vit
+from tests.models import FAMILIES, Assemble, Largest, expected_attention, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_hooks, attention_rollout, load_result
-from vit_probe.measures import AttentionRollout, AttentionRolloutResult
+from vit_probe.measures import AttentionRollout, AttentionRolloutResult, rollout_ways
+from vit_probe.measures.rollout_ways import Way, cheapest_way
+from vit_probe.run import AttentionRun
+from vit_probe.tiles import AttentionInputs, TiledAttention
 
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 BARE = TokenGrid(3, 4, (8, 6), 1, False)
 FUSIONS = ["mean", "max", "min"]
+WAYS: tuple[Way, ...] = ("product", "maps", "recomputed")
 
 
 def expected(attention: np.ndarray, grid: TokenGrid, fusion: str = "mean", ratio: float = 0.0) -> np.ndarray:
@@ -53,14 +59,34 @@ def test_random_attention_in_any_tiles(grid: TokenGrid, batch: int, tiling: dict
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_models_of_every_family(name: str) -> None:
+def test_models_of_every_family_in_every_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
     model, x = family.model(), family.images()
     attention = expected_attention(model, x)
-    for fusion, ratio in (("mean", 0.0), ("max", 0.9)):
-        result = attention_rollout(model, x, head_fusion=fusion, discard_ratio=ratio, batch_size=2, device="cpu")
-        np.testing.assert_allclose(result.maps, expected(attention, family.grid, fusion, ratio), rtol=0, atol=1e-6)
-        assert result.maps.std(axis=(1, 2)).min() > 1e-3
+    run = AttentionRun(model, x, batch_size=2, device="cpu")
+    for way in WAYS:
+        go(way, monkeypatch)
+        measures = [
+            AttentionRollout(family.grid, head_fusion=fusion, discard_ratio=ratio)
+            for fusion, ratio in (("mean", 0.0), ("max", 0.9), ("min", 0.0), ("mean", 0.5))
+        ]
+        run.observe(*measures)
+        for measure in measures:
+            result = measure.compute()
+            slow = expected(attention, family.grid, measure.head_fusion, measure.discard_ratio)
+            np.testing.assert_allclose(result.maps, slow, rtol=0, atol=1e-6)
+            assert result.maps.std(axis=(1, 2)).min() > 1e-3
+            assert result.way == way
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "way"), [(24, (24, 24), "product"), (16, (24, 24), "maps"), (4, (40, 36), "recomputed")]
+)
+def test_the_way_is_chosen_by_tokens_and_width(width: int, size: tuple[int, int], way: Way) -> None:
+    model, x = small_vit(embed_dim=width), images(*size)
+    result = attention_rollout(model, x, device="cpu")
+    assert result.way == way
+    np.testing.assert_allclose(result.maps, expected(expected_attention(model, x), model.token_grid(*size)), rtol=0, atol=1e-6)
 
 
 # Closed forms
@@ -191,6 +217,282 @@ def test_non_square_images() -> None:
     grid = TokenGrid(2, 6, (8, 6), 1, True)
     assert result.maps.shape == (3, 2, 6)
     np.testing.assert_allclose(result.maps, expected(expected_attention(model, x), grid), rtol=0, atol=1e-6)
+
+
+# The three ways
+
+
+def go(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every rollout go this way."""
+    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_way", lambda inputs: way)
+
+
+class Layers(nn.Module):
+    """Layers of attention with given queries and keys (layer, image, head, token, dim) and biases."""
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, biases: dict[int, torch.Tensor] | None = None) -> None:
+        for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
+            F.scaled_dot_product_attention(query, key, key, (biases or {}).get(layer))
+
+
+def queries_and_keys(grid: TokenGrid, *, layers: int = 3, batch: int = 3, heads: int = 2, dim: int = 4) -> torch.Tensor:
+    """(2, layer, image, head, token, dim)"""
+    generator = torch.Generator().manual_seed(grid.num_tokens)
+    return 1.5 * torch.randn(2, layers, batch, heads, grid.num_tokens, dim, generator=generator)
+
+
+def literal(q: torch.Tensor, k: torch.Tensor, biases: dict[int, torch.Tensor] | None = None) -> np.ndarray:
+    """(layer, image, head, query, key)"""
+    scale = q.shape[-1] ** -0.5
+    return np.stack([reference.softmax_attention(q[i], k[i], scale, (biases or {}).get(i)) for i in range(len(q))])
+
+
+class WithoutTiles(AttentionRollout):
+    """Must never be shown a tile."""
+
+    def update(self, tile: Any) -> None:
+        raise AssertionError("a tile was shown")
+
+
+def inputs_of(heads: int, tokens: int, dim: int, *, biased: bool = False) -> AttentionInputs:
+    query = torch.empty(1, heads, tokens, dim, device="meta")
+    return AttentionInputs(0, "", query, query, query.new_empty(1, heads, tokens, tokens) if biased else None, dim**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "way"),
+    [
+        (6, 197, "product"),  # ViT-S/16
+        (6, 288, "product"),
+        (6, 289, "maps"),
+        (6, 785, "maps"),
+        (6, 1370, "maps"),
+        (6, 1536, "maps"),
+        (6, 1537, "recomputed"),
+        (6, 4097, "recomputed"),
+        (12, 197, "product"),  # ViT-B/16
+        (12, 577, "maps"),
+        (12, 4097, "recomputed"),
+    ],
+)
+def test_the_cheapest_way_by_size(heads: int, tokens: int, way: Way) -> None:
+    assert cheapest_way(inputs_of(heads, tokens, 64)) == way
+    assert cheapest_way(inputs_of(heads, tokens, 64, biased=True)) == ("maps" if way == "recomputed" else way)
+
+
+@pytest.mark.parametrize("grid", [GRID, BARE, TokenGrid(3, 4, (8, 6), 0, False)], ids=["class token", "register", "bare"])
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_one_after_the_other(way: Way, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    q, k = queries_and_keys(grid)
+    slow = expected(literal(q, k), grid)
+    with attention_hooks(model := Layers(), measure := AttentionRollout(grid), tile_bytes=900):
+        for images in (slice(0, 2), slice(2, 3), slice(0, 3)):
+            model(q[:, images], k[:, images])
+    np.testing.assert_allclose(measure.compute().maps, np.concatenate([slow, slow]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("biased", [(1,), (0, 2), (0, 1, 2)])
+def test_layers_with_a_bias_are_never_recomputed(way: Way, biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask may leave a query nothing, so that rows of A need not sum to 1 before they are divided."""
+    go(way, monkeypatch)
+    q, k = queries_and_keys(GRID)
+    shut = torch.rand(3, 2, 14, 14, generator=torch.Generator().manual_seed(0)) > 0.7
+    shut[:, :, 3] = True
+    biases = {layer: torch.zeros(shut.shape).masked_fill(shut, -torch.inf) for layer in biased}
+    with attention_hooks(model := Layers(), measure := AttentionRollout(GRID), tile_bytes=900):
+        model(q, k, biases)
+    with np.errstate(invalid="ignore"):
+        attention = np.nan_to_num(literal(q, k, biases))
+    np.testing.assert_allclose(measure.compute().maps, expected(attention, GRID), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("fusion", "ratio"), [("mean", 0.0), ("max", 0.0), ("min", 0.3), ("mean", 0.9)])
+@pytest.mark.parametrize("tile_bytes", [1, 60, 500, 1500, 1 << 20])
+def test_tiles_of_any_size_are_recomputed(fusion: str, ratio: float, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    go("recomputed", monkeypatch)
+    monkeypatch.setattr(rollout_ways, "TILE_BYTES", tile_bytes)
+    q, k = queries_and_keys(GRID, batch=2, heads=3)
+    measure = WithoutTiles(GRID, head_fusion=fusion, discard_ratio=ratio)
+    with attention_hooks(model := Layers(), measure):
+        model(q, k)
+    np.testing.assert_allclose(measure.compute().maps, expected(literal(q, k), GRID, fusion, ratio), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "asked"), [(GRID, [1, 14, 14]), (BARE, [12, 13, 13])])
+def test_of_the_last_layer_only_what_is_read_is_recomputed(
+    grid: TokenGrid, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries: list[int] = []
+
+    class Recording(TiledAttention):
+        def __call__(self, inputs: AttentionInputs, *others: Any) -> Any:
+            queries.append(inputs.query.shape[-2])
+            return super().__call__(inputs, *others)
+
+    go("recomputed", monkeypatch)
+    monkeypatch.setattr(rollout_ways, "TiledAttention", Recording)
+    q, k = queries_and_keys(grid, batch=2)
+    with attention_hooks(model := Layers(), measure := WithoutTiles(grid)):
+        model(q, k)
+    assert not queries  # nothing during the forward pass
+    measure.compute()
+    assert queries == asked * 2
+
+
+@pytest.mark.parametrize(("fusion", "matrices"), [("mean", 1 / 4), ("max", 1)])
+def test_recomputing_holds_queries_and_keys_only(fusion: str, matrices: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_ways, "TILE_BYTES", 1 << 16)
+    grid = TokenGrid(16, 32, (4, 4), 0, False)
+    q, k = (tensor.clone() for tensor in queries_and_keys(grid, batch=2))
+    measure = WithoutTiles(grid, head_fusion=fusion)
+    with attention_hooks(model := Layers(), measure), Largest() as largest:
+        model(q, k)
+        assert largest.nbytes <= q.nbytes < 512 * 512 * 4 / 8
+        result = measure.compute()
+    assert result.way == "recomputed"  # by itself
+    assert largest.nbytes <= matrices * 512 * 512 * 4
+
+
+def test_what_was_kept_is_the_measures_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models may write into their queries and keys afterwards."""
+    go("recomputed", monkeypatch)
+    q, k = queries_and_keys(GRID)
+    slow = expected(literal(q, k), GRID)
+    with attention_hooks(model := Layers(), measure := AttentionRollout(GRID)):
+        model(q, k)
+    for tensor in (q, k):
+        tensor.zero_()
+    np.testing.assert_allclose(measure.compute().maps, slow, rtol=0, atol=1e-6)
+
+
+def test_four_thousand_tokens() -> None:
+    grid = TokenGrid(64, 64, (4, 4), 1, True)
+    q, k = queries_and_keys(grid, layers=2, batch=1, heads=1, dim=8)
+    measure = WithoutTiles(grid)
+    with attention_hooks(model := Layers(), measure):
+        model(q, k)
+    # A A = (F1 + I) / 2 (F0 + I) / 2, of which the class token's row is a vector times a matrix.
+    first, second = (torch.softmax(8**-0.5 * q[layer, 0, 0].double() @ k[layer, 0, 0].double().mT, dim=-1) for layer in (0, 1))
+    row = (second[0] + torch.eye(1, 4097, dtype=torch.float64)[0]) / 2
+    row = (row @ first + row) / 2
+    result = measure.compute()
+    assert result.way == "recomputed"
+    np.testing.assert_allclose(result.maps.ravel(), row[1:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_is_told(way: Way, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    model = small_vit()
+    result = attention_rollout(model, images(), device="cpu")
+    assert result.way == way
+    again = load_result(result.save(tmp_path / "rollout.safetensors"))
+    assert again.way == way
+    grid = model.token_grid(24, 24)
+    with torch.no_grad(), attention_hooks(model, measure := AttentionRollout(grid)):
+        model(images())
+    restored, merged = AttentionRollout(grid), AttentionRollout(grid)
+    restored.restore(measure.state())
+    merged.merge(measure)
+    measure.merge(AttentionRollout(grid))
+    for other in (restored, merged, measure):
+        assert other.compute().way == way
+        np.testing.assert_array_equal(other.compute().maps, result.maps)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shards_of_any_way_are_put_in_order(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    q, k = queries_and_keys(GRID)
+    shards = [AttentionRollout(GRID), AttentionRollout(GRID)]
+    for shard, shown in zip(shards, ([2], [0, 1]), strict=True):
+        with attention_hooks(model := Layers(), shard):
+            model(q[:, shown], k[:, shown])
+    shards[0].merge(shards[1])
+    shards[0].reorder([1, 2, 0])
+    np.testing.assert_allclose(shards[0].compute().maps, expected(literal(q, k), GRID), rtol=0, atol=1e-6)
+
+
+class BreaksOff:
+    """Has a rollout watch so many layers, then fails."""
+
+    def __init__(self, measure: AttentionRollout, layers: int) -> None:
+        self.measure, self.layers = measure, layers
+
+    def begin_layer(self, inputs: AttentionInputs) -> bool:
+        if inputs.layer == self.layers:
+            raise RuntimeError("interrupted")
+        return self.measure.begin_layer(inputs)
+
+    def update(self, tile: Any) -> None:
+        self.measure.update(tile)
+
+
+@pytest.mark.parametrize("taken_back", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_pass_in_every_way(way: Way, taken_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    model, measure, (q, k) = Layers(), AttentionRollout(GRID), queries_and_keys(GRID)
+    for failing in (True, False):
+        measure.begin_batch()
+        with suppress(RuntimeError), attention_hooks(model, BreaksOff(measure, layers=2 if failing else 3)):
+            model(q, k)
+        if failing and taken_back:
+            measure.roll_back()
+    if taken_back:
+        np.testing.assert_allclose(measure.compute().maps, expected(literal(q, k), GRID), rtol=0, atol=1e-6)
+    else:
+        with pytest.raises(InputError, match="images went through different numbers of layers: 2, 3"):
+            measure.compute()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision_and_autocast_in_every_way(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the model's own queries and keys are rounded, not what is computed of them; `compute` may be called in autocast."""
+    go(way, monkeypatch)
+    q, k = queries_and_keys(GRID).bfloat16()
+    for cast in (True, False):
+        measure = AttentionRollout(GRID)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            with attention_hooks(model := Layers(), measure):
+                model(q.float() if cast else q, k.float() if cast else k)
+            maps = measure.compute().maps
+        assert maps.dtype == np.float32
+        np.testing.assert_allclose(maps, expected(literal(q.float(), k.float()), GRID), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_and_inference_mode_in_every_way(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    model, x = small_vit(), images()
+    grid = model.token_grid(24, 24)
+    slow = expected(expected_attention(model, x), grid)
+    with attention_hooks(model, measure := AttentionRollout(grid)):
+        model(x).sum().backward()
+        with torch.inference_mode():
+            model(x)
+    assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+    np.testing.assert_allclose(measure.compute().maps, np.concatenate([slow, slow]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_beside_an_observer_that_wants_tiles(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    q, k = queries_and_keys(GRID)
+    with attention_hooks(model := Layers(), measure := AttentionRollout(GRID), seen := Assemble(), tile_bytes=900):
+        model(q, k)
+    np.testing.assert_allclose(seen.attention(), literal(q, k), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(measure.compute().maps, expected(literal(q, k), GRID), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_tokens_than_the_grids_in_every_way(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14"):  # noqa: SIM117
+        with attention_hooks(model := Layers(), AttentionRollout(GRID)):
+            model(*queries_and_keys(BARE))
 
 
 # The result

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from vit_probe import AttentionTile, TokenGrid
 
@@ -44,23 +46,45 @@ def feed(
     batch_size: int = 100,
     images: int = 100,
     rows: int = 1000,
+    heads: int = 100,
     dtype: Any = torch.float32,
 ) -> Any:
-    """Shows `measure` the attention in batches, in tiles of so many images and queries; the tiles' memory is used again."""
-    layers, total, _, tokens, _ = attention.shape
+    """Shows `measure` the attention in batches, in tiles of so many images, queries and heads, and spoils each tile after."""
+    layers, total = attention.shape[:2]
     for first in range(0, total, batch_size):
         batch = torch.tensor(attention[:, first : first + batch_size], dtype=dtype)
         for layer in range(layers):
-            for image in range(0, batch.shape[1], images):
-                for query in range(0, tokens, rows):
-                    memory = batch[layer, image : image + images, :, query : query + rows].clone()
-                    here, there = slice(image, image + len(memory)), slice(query, query + memory.shape[2])
-                    measure.update(AttentionTile(layer, f"blocks.{layer}.attn", here, there, tokens, memory))
+            for tile in tiles_of(batch[layer], layer, images, rows, heads):
+                measure.update(tile)
+                for memory in (tile.probabilities, tile.scores):
                     memory.fill_(torch.nan)
     return measure
 
 
-tilings = st.fixed_dictionaries({"batch_size": st.integers(1, 4), "images": st.integers(1, 4), "rows": st.integers(1, 20)})
+def tiles_of(attention: Tensor, layer: int, images: int, rows: int, heads: int) -> Iterator[AttentionTile]:
+    """Tiles of a layer as `attention_hooks` cuts them, with scores; each has memory of its own."""
+    batch, num_heads, tokens, _ = attention.shape
+    scores = scores_of(attention)
+    for image in range(0, batch, images):
+        for query in range(0, tokens, rows):
+            for head in range(0, num_heads, heads):
+                part = (slice(image, image + images), slice(head, head + heads), slice(query, query + rows))
+                probabilities = attention[part].clone()
+                count, some, length, _ = probabilities.shape
+                places = (slice(image, image + count), slice(head, head + some), slice(query, query + length))
+                name = f"blocks.{layer}.attn"
+                yield AttentionTile(layer, name, *places, num_heads, tokens, probabilities, scores[part].clone())
+
+
+def scores_of(attention: Tensor) -> Tensor:
+    """What softmax makes `attention` of: 0 where it is largest, and finite where it is 0."""
+    logarithms = attention.log()
+    return (logarithms - logarithms.amax(dim=-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).min)
+
+
+tilings = st.fixed_dictionaries(
+    {"batch_size": st.integers(1, 4), "images": st.integers(1, 4), "rows": st.integers(1, 20), "heads": st.integers(1, 3)}
+)
 
 
 class FailsAfter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
-from vit_probe.measures.image_means import ImageMeans, wide
-from vit_probe.measures.moments import Moments
-from vit_probe.results import Result, check_finite
+from vit_probe.measures.image_means import PatchQueries
+from vit_probe.measures.per_head import PerHead
+from vit_probe.results import Result
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
-from vit_probe.tiles import AttentionTile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["AttentionDistance", "AttentionDistanceResult", "Prefix", "mean_attention_distance"]
 
 Prefix = Literal["renormalize", "drop"]
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -150,10 +149,8 @@ def mean_attention_distance(
     return measure.compute(run.provenance(measure.options))
 
 
-class AttentionDistance:
+class AttentionDistance(PerHead):
     """The streaming measure behind `mean_attention_distance`; an observer for `attention_hooks`.
-
-    Keeps sums over images in float64, so that splitting the images into batches or processes changes nothing but rounding.
 
     Args:
         grid: Where the patches lie.
@@ -161,72 +158,19 @@ class AttentionDistance:
         windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.survey.survey`.
     """
 
+    what = "attention distances"
+
     def __init__(
         self, grid: TokenGrid, *, prefix: Prefix = "renormalize", windows: Mapping[int, Windows] | None = None
     ) -> None:
         if prefix not in get_args(Prefix):
             raise InputError(f"prefix must be one of {', '.join(get_args(Prefix))}; got {prefix!r}")
-        self.grid = grid
-        self.prefix = prefix
-        self.windows = dict(windows or {})
-        self._sums: list[Moments] = []
-        self._modules: list[str] = []
-        self._before: tuple[list[Moments], list[str]] = [], []
-        self._means = ImageMeans(grid, self.windows, partial(_distance_and_mass, prefix=prefix))
+        self.prefix: Prefix = prefix
+        super().__init__(grid, windows, _DistanceAndMass(prefix), 2)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its kind, for provenance."""
         return {"prefix": self.prefix}
-
-    def update(self, tile: AttentionTile) -> None:
-        """Adds a tile. An image counts once the last query of its last window has come."""
-        means = self._means.add(tile)
-        if means is not None:
-            while len(self._sums) <= tile.layer:
-                self._sums.append(Moments.none(2, means.shape[-1]))
-                self._modules.append(tile.name)
-            self._sums[tile.layer].merge(Moments.of(means))
-
-    def begin_batch(self) -> None:
-        """Marks where `roll_back` goes back to."""
-        self._before = [sums.copy() for sums in self._sums], list(self._modules)
-
-    def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`."""
-        self._sums, self._modules = self._before
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
-        arrays = {f"{layer}.{name}": value for layer, sums in enumerate(self._sums) for name, value in sums.state().items()}
-        return arrays | {"modules": self._modules}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to where `state` was taken, of a measure with the same grid, windows and options."""
-        self._modules = list(state["modules"])
-        self._sums = [
-            Moments(state[f"{layer}.count"], state[f"{layer}.mean"], state[f"{layer}.squares"])
-            for layer in range(len(self._modules))
-        ]
-
-    def merge(self, other: AttentionDistance) -> None:
-        """Adds what `other` has seen. Either may have seen nothing.
-
-        Raises:
-            InputError: If `other` measures on another grid, in other windows, with another `prefix`, or other layers and heads.
-        """
-        mine, theirs = ((m.grid, m.prefix, [layer.mean.shape[1] for layer in m._sums]) for m in (self, other))
-        if mine[:2] != theirs[:2] or (self._sums and other._sums and mine != theirs):
-            raise InputError(f"cannot merge distances of (grid, prefix, heads of each layer) {theirs} into {mine}")
-        if self.windows.keys() != other.windows.keys() or any(
-            self.windows[layer].grid != windows.grid or not torch.equal(self.windows[layer].patches, windows.patches)
-            for layer, windows in other.windows.items()
-        ):
-            raise InputError("cannot merge distances within other windows; measure images of one size with one model")
-        if not self._sums:
-            self._sums, self._modules = [Moments.none(2, heads) for heads in theirs[2]], list(other._modules)
-        for layer, added in zip(self._sums, other._sums, strict=False):
-            layer.merge(added)
 
     def compute(self, provenance: dict[str, Any] | None = None) -> AttentionDistanceResult:
         """The result over all images so far.
@@ -234,42 +178,33 @@ class AttentionDistance:
         Raises:
             InputError: If there were none.
         """
-        if not self._sums:
-            raise InputError("no attention has been measured yet")
-        if len({layer.count for layer in self._sums}) > 1:
-            counts = ", ".join(str(layer.count) for layer in self._sums)
-            raise InputError(f"the layers have seen different numbers of images ({counts}); they do not make one table")
-        for layer in self._sums:
-            check_finite(layer.mean, "attention distances")
-        windows = [self.windows.get(layer) for layer in range(len(self._sums))]
+        tables = self._tables()
+        windows = self._windows_by_layer()
         return AttentionDistanceResult(
-            distance=_table([layer.mean[0] for layer in self._sums]),
-            std=_table([layer.std()[0] for layer in self._sums]),
-            confidence=_table([layer.confidence()[0] for layer in self._sums]),
-            patch_mass=_table([layer.mean[1] for layer in self._sums]),
+            distance=tables.mean[0],
+            std=tables.std[0],
+            confidence=tables.confidence[0],
+            patch_mass=tables.mean[1],
             uniform_distance=np.array([(window or self.grid).uniform_distance() for window in windows]),
             num_windows=np.array([1 if window is None else len(window.patches) for window in windows]),
             modules=self._modules,
-            num_images=self._sums[0].count,
+            num_images=tables.num_images,
             prefix=self.prefix,
             provenance=provenance or {},
         )
 
 
-def _table(rows: list[Float[np.ndarray, "head"]]) -> Float[np.ndarray, "layer head"]:
-    """A row a layer, filled up with NaN where a layer has fewer heads than another."""
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for filled, row in zip(table, rows, strict=True):
-        filled[: len(row)] = row
-    return table
-
-
-def _distance_and_mass(
-    attention: Float[Tensor, "image head query patch"], distances: Float[Tensor, "*image query patch"], prefix: Prefix
-) -> Float[Tensor, "2 image head query"]:
+@dataclass(frozen=True)
+class _DistanceAndMass:
     """The attention-weighted distance of each query, and the attention that falls on patches."""
-    sums = torch.stack([torch.linalg.vecdot(attention, distances.to(attention)), attention.sum(dim=-1)])
-    distance, mass = sums.to(wide(attention.device))
-    if prefix == "renormalize":
-        distance = distance / mass.clamp_min(torch.finfo(attention.dtype).tiny)
-    return torch.stack([distance, mass])
+
+    prefix: Prefix
+
+    def of(self, queries: PatchQueries) -> tuple[Tensor, Tensor]:
+        return torch.linalg.vecdot(queries.attention, queries.distances), queries.attention.sum(dim=-1)
+
+    def values(self, sums: Float[Tensor, "2 image head query"]) -> Float[Tensor, "2 image head query"]:
+        distance, mass = sums
+        if self.prefix == "renormalize":
+            distance = distance / mass.clamp_min(_TINY)
+        return torch.stack([distance, mass])

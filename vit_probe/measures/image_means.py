@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.tiles import AttentionTile
 
-__all__ = ["ImageMeans", "QueryValues", "wide"]
+__all__ = ["ImageMeans", "PatchQueries", "QueryValues", "wide"]
 
-QueryValues = Callable[
-    [Float[Tensor, "image head query patch"], Float[Tensor, "*image query patch"]], Float[Tensor, "value image head query"]
-]
-"""Values of each query, from its attention to the patches and its distance to them in pixels."""
+_KEPT_DISTANCES = 1 << 20  # pairs of patches whose distances are kept, 4 MB; of larger grids only those of a tile
+
+
+@dataclass(frozen=True, slots=True)
+class PatchQueries:
+    """The attention of those queries of a tile that are patches.
+
+    Args:
+        probabilities: To all tokens.
+        scores: What the softmax was taken of; None unless they were asked for.
+        attention: To the patches, or to all tokens of a window, 0 to what is no patch.
+        distances: In pixels to what `attention` is to.
+        itself: Where `probabilities` are of a query to itself.
+    """
+
+    probabilities: Float[Tensor, "image head query token"]
+    scores: Float[Tensor, "image head query token"] | None
+    attention: Float[Tensor, "image head query patch"]
+    distances: Float[Tensor, "*#window query patch"]
+    itself: slice
+
+
+class QueryValues(Protocol):
+    """What is averaged."""
+
+    def of(self, queries: PatchQueries) -> Sequence[Float[Tensor, "image head query"]]:
+        """Sums over the attention of each query, tile by tile."""
+        ...
+
+    def values(self, sums: Float[Tensor, "sum image head query"]) -> Float[Tensor, "value image head query"]:
+        """The values of each query, from its sums in double precision."""
+        ...
 
 
 class ImageMeans:
@@ -34,7 +64,8 @@ class ImageMeans:
         self._grid = grid
         self._windows = windows
         self._values = values
-        self._sums: Tensor | None = None  # of the images or windows whose queries are not complete
+        self._distances = _Distances(grid)
+        self._sums: list[Tensor] = []  # of the images or windows whose queries are not complete
         self._waiting: list[Float[np.ndarray, "value window head"]] = []  # windows of an image that is not complete
 
     def add(self, tile: AttentionTile) -> Float[np.ndarray, "image value head"] | None:
@@ -44,44 +75,61 @@ class ImageMeans:
             InputError: If the tile is of other tokens than the grid or the windows.
         """
         windows = self._windows.get(tile.layer)
-        if tile.images.start == tile.queries.start == 0:
-            self._waiting = []  # of a pass that broke off
-        if tile.queries.start == 0:
-            self._sums = None
-        values = self._of_whole(tile) if windows is None else self._of_windows(tile, windows)
-        if values is not None:
-            added = values.sum(dim=-1)
-            self._sums = added if self._sums is None else self._sums + added
-        if tile.queries.stop < tile.num_tokens or self._sums is None:
+        if tile.queries.start == tile.heads.start == 0:
+            self._sums = []
+            if tile.images.start == 0:
+                self._waiting = []  # of a pass that broke off
+        queries = self._of_whole(tile) if windows is None else self._of_windows(tile, windows)
+        if queries is not None:
+            sums = self._values.of(queries)
+            if not self._sums:
+                self._sums = [one.new_zeros(len(one), tile.num_heads, tile.num_tokens) for one in sums]
+            for whole, part in zip(self._sums, sums, strict=True):
+                whole[:, tile.heads, queries.itself] = part
+        if tile.queries.stop < tile.num_tokens or tile.heads.stop < tile.num_heads or not self._sums:
             return None
-        sums = self._sums.cpu().double().numpy()
-        self._sums = None
-        patches = self._grid.num_patches
-        if windows is not None:
-            sums, patches = self._whole_images(sums, len(windows.patches)), windows.grid.num_patches
-        return np.moveaxis(sums / patches, 0, 1) if sums.shape[1] else None
+        gathered, self._sums = torch.stack(self._sums), []
+        values = self._values.values(gathered.to(wide(gathered.device)))
+        if windows is None:
+            patches = self._grid.num_patches
+            means = _in_float64(values[..., self._grid.num_prefix_tokens :].sum(dim=-1))
+        else:
+            patches = windows.grid.num_patches
+            is_patch = windows.is_patch[_numbers(tile, windows)].to(values.device)
+            means = self._whole_images(_in_float64((values * is_patch[:, None]).sum(dim=-1)), len(windows.patches))
+        return np.moveaxis(means / patches, 0, 1) if means.shape[1] else None
 
-    def _of_whole(self, tile: AttentionTile) -> Float[Tensor, "value image head query"] | None:
+    def _of_whole(self, tile: AttentionTile) -> PatchQueries | None:
         self._grid.check_tokens(tile.num_tokens)
         first = self._grid.num_prefix_tokens
-        start, stop = max(tile.queries.start - first, 0), max(tile.queries.stop - first, 0)
-        if stop == start:
+        start, stop = max(tile.queries.start, first), tile.queries.stop
+        if stop <= start:
             return None
-        patches = tile.probabilities[:, :, start + first - tile.queries.start :, first:]
-        return self._values(patches, self._grid.distances(start, stop, device=patches.device))
+        asking = slice(start - tile.queries.start, None)
+        probabilities = tile.probabilities[:, :, asking]
+        return PatchQueries(
+            probabilities=probabilities,
+            scores=None if tile.scores is None else tile.scores[:, :, asking],
+            attention=probabilities[..., first:],
+            distances=self._distances.of(start - first, stop - first, probabilities),
+            itself=slice(start, stop),
+        )
 
-    def _of_windows(self, tile: AttentionTile, windows: Windows) -> Float[Tensor, "value window head query"]:
+    def _of_windows(self, tile: AttentionTile, windows: Windows) -> PatchQueries:
         if tile.num_tokens != windows.patches.shape[1]:
             raise InputError(
                 f"attention of layer {tile.layer} ({tile.name}) is over {tile.num_tokens} tokens, but its windows have "
                 f"{windows.patches.shape[1]}; pass the windows of the images that the model saw"
             )
-        device = tile.probabilities.device
-        which = torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
-        is_patch = windows.is_patch[which].to(device)
-        distances = windows.distances(which, tile.queries).to(device)
-        values = self._values(tile.probabilities * is_patch[:, None, None, :], distances[:, None])
-        return values * is_patch[:, None, tile.queries]
+        which = _numbers(tile, windows)
+        is_patch = windows.is_patch[which].to(tile.probabilities.device)
+        return PatchQueries(
+            probabilities=tile.probabilities,
+            scores=tile.scores,
+            attention=tile.probabilities * is_patch[:, None, None, :],
+            distances=windows.distances(which, tile.queries)[:, None].to(tile.probabilities),
+            itself=tile.queries,
+        )
 
     def _whole_images(
         self, sums: Float[np.ndarray, "value window head"], windows: int
@@ -92,6 +140,37 @@ class ImageMeans:
         self._waiting = [waiting[:, images * windows :]]
         whole = waiting[:, : images * windows]
         return whole.reshape(len(whole), images, windows, whole.shape[2]).sum(axis=2)
+
+
+def _numbers(tile: AttentionTile, windows: Windows) -> Int[Tensor, "window"]:
+    """Which windows of their images a tile is of."""
+    return torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
+
+
+def _in_float64(values: Tensor) -> np.ndarray:
+    return values.cpu().double().numpy()
+
+
+class _Distances:
+    """Distances from some patches to all, in memory that is used again."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        self._grid = grid
+        self._all = grid.num_patches**2 <= _KEPT_DISTANCES
+        self._memory = torch.empty(0, 0)
+        self._span = (0, 0)
+
+    def of(self, start: int, stop: int, like: Tensor) -> Float[Tensor, "query patch"]:
+        """Those of the patches `start` to `stop`, of the type and on the device of `like`."""
+        span = (0, self._grid.num_patches) if self._all else (start, stop)
+        length, patches = span[1] - span[0], self._grid.num_patches
+        if self._memory.device != like.device or self._memory.dtype != like.dtype or len(self._memory) < length:
+            with torch.inference_mode(False):
+                self._memory, self._span = like.new_empty(length, patches), (0, 0)
+        if span != self._span:
+            self._grid.distances(*span, device=like.device, out=self._memory[:length])
+            self._span = span
+        return self._memory[start - span[0] : stop - span[0]]
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
+from vit_probe.measures.rollout_ways import Backwards, FusedMaps, HeadFusion, Product, RolloutWay, Way, cheapest_way
 from vit_probe.results import Result, check_finite
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
-from vit_probe.tiles import AttentionTile
+from vit_probe.tiles import AttentionInputs, AttentionTile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["SHOWN_IMAGES", "AttentionRollout", "AttentionRolloutResult", "HeadFusion", "attention_rollout"]
 
-HeadFusion = Literal["mean", "max", "min"]
-_FUSIONS = {"mean": "mean", "max": "amax", "min": "amin"}
 SHOWN_IMAGES = 64
 """Photographs that a result keeps beside its maps."""
 
@@ -43,6 +41,7 @@ class AttentionRolloutResult(Result):
         names: Name of each image.
         head_fusion: How the heads of a layer became one.
         discard_ratio: Part of each layer's entries set to zero.
+        way: How it was computed, which changes nothing but rounding; see `attention_rollout`.
     """
 
     maps: np.ndarray
@@ -50,6 +49,7 @@ class AttentionRolloutResult(Result):
     names: list[str]
     head_fusion: HeadFusion
     discard_ratio: float
+    way: Way
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a patch of an image: image, name, row, col, rollout."""
@@ -89,6 +89,11 @@ def attention_rollout(
     R over the patches. Where there is no class token, the mean of the patches' rows. Every image is computed by itself,
     whatever its batch.
 
+    With few tokens the product is formed while the model runs (the result's `way` is `product`). Where there are more than 3/4
+    as many tokens as the model is wide, each layer's A is kept, and the class token's row goes back through them at the end
+    (`maps`). Where there are more than 4 times as many, only queries and keys are kept, and A is made again tile by tile
+    (`recomputed`; for `max`, `min` and discarding one whole A at a time); not where attention has a bias.
+
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
         images: Photographs, paths, a preprocessed tensor (batch, channel, height, width), or an iterable of such batches.
@@ -119,8 +124,6 @@ def attention_rollout(
 
 class AttentionRollout:
     """The streaming measure behind `attention_rollout`; an observer for `attention_hooks`.
-
-    Holds one token x token matrix for each image of a batch.
 
     Args:
         grid: Where the patches lie.
@@ -154,27 +157,32 @@ class AttentionRollout:
         self.discard_ratio = discard_ratio
         self._maps: list[np.ndarray] = []
         self._depths: set[int] = set()  # layers of the batches so far; there must be but one number
-        self._rollouts: list[Tensor] = []  # of the current batch, an image each
-        self._reached: list[int] = []  # how many layers each of them has gone through
-        self._layer: Tensor | None = None  # fused attention of the current images, filled tile by tile
+        self._way: Way = "product"
+        self._batch: RolloutWay = Product()  # the current one
+        self._fused = self._fuse()
 
     @property
     def options(self) -> dict[str, Any]:
         """What distinguishes this measure from others of its kind, for provenance."""
         return {"head_fusion": self.head_fusion, "discard_ratio": self.discard_ratio}
 
+    def begin_layer(self, inputs: AttentionInputs) -> bool:
+        """Told of a layer before its tiles; whether they are needed."""
+        self.grid.check_tokens(inputs.key.shape[-2])
+        if inputs.layer == 0:
+            self._finish_batch()
+            self._way = cheapest_way(inputs)
+            self._batch = Product() if self._way == "product" else Backwards(self._way, self._fuse)
+        return self._batch.begin_layer(inputs)
+
     def update(self, tile: AttentionTile) -> None:
         """Adds a tile. Once its images have all their queries, their rollout moves on by a layer."""
         self.grid.check_tokens(tile.num_tokens)
-        if tile.queries.start == 0:
-            if tile.layer == 0 and tile.images.start == 0:
-                self._finish_batch()
-            count = len(tile.probabilities)
-            self._layer = tile.probabilities.new_empty(count, tile.num_tokens, tile.num_tokens)
-        assert self._layer is not None
-        self._layer[:, tile.queries] = getattr(tile.probabilities, _FUSIONS[self.head_fusion])(dim=1)
-        if tile.queries.stop == tile.num_tokens:
-            self._advance(tile.layer, tile.images)
+        if tile.layer == tile.images.start == tile.queries.start == tile.heads.start == 0:
+            self._finish_batch()
+        fused = self._fused.add(tile)
+        if fused is not None:
+            self._batch.add(tile.images, fused)
 
     def begin_batch(self) -> None:
         """Marks where `roll_back` goes back to."""
@@ -182,18 +190,19 @@ class AttentionRollout:
 
     def roll_back(self) -> None:
         """Forgets what came since `begin_batch`."""
-        self._rollouts, self._reached, self._layer = [], [], None
+        self._batch = Product()
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here: arrays, and what JSON can hold."""
         self._finish_batch()
         maps = np.concatenate(self._maps) if self._maps else np.zeros((0, self.grid.rows, self.grid.cols), dtype=np.float32)
-        return {"maps": maps, "depths": sorted(self._depths)}
+        return {"maps": maps, "depths": sorted(self._depths), "way": self._way}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state` was taken, of a measure with the same grid and options."""
         self._maps = [state["maps"]] if len(state["maps"]) else []
         self._depths = set(state["depths"])
+        self._way = state["way"]
 
     def merge(self, other: AttentionRollout) -> None:
         """Appends the maps of `other`.
@@ -206,8 +215,15 @@ class AttentionRollout:
             raise InputError(f"cannot merge rollouts of (grid, head_fusion, discard_ratio) {theirs} into {mine}")
         for measure in (self, other):
             measure._finish_batch()
+        if not self._maps:
+            self._way = other._way
         self._maps += other._maps
         self._depths |= other._depths
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Puts the maps into another order: first that of the image which was the `order[0]`-th."""
+        self._finish_batch()
+        self._maps = [np.concatenate(self._maps)[list(order)]] if self._maps else []
 
     def compute(
         self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None
@@ -230,40 +246,23 @@ class AttentionRollout:
             names=names or [f"image {index}" for index in range(len(maps))],
             head_fusion=self.head_fusion,
             discard_ratio=self.discard_ratio,
+            way=self._way,
             provenance=provenance or {},
         )
 
-    def _advance(self, layer: int, images: slice) -> None:
-        assert self._layer is not None
-        fused, self._layer = self._layer, None
-        if self.discard_ratio:
-            _discard(fused, self.discard_ratio, protected=int(self.grid.has_cls_token))
-        # A = (F + I) / (row sum of F, + 1), so A R = (F R + R) / (row sum of F, + 1).
-        row_sums = fused.sum(dim=-1, keepdim=True) + 1
-        if layer == 0:
-            fused.diagonal(dim1=1, dim2=2).add_(1)
-            after = fused / row_sums
-        else:
-            before = torch.stack(self._rollouts[images])
-            after = torch.baddbmm(before, fused, before).div_(row_sums)
-        self._rollouts[images] = after.unbind()
-        self._reached[images] = [layer + 1] * len(after)
+    def _fuse(self) -> FusedMaps:
+        return FusedMaps(self.head_fusion, self.discard_ratio, int(self.grid.has_cls_token))
 
     def _finish_batch(self) -> None:
-        if not self._rollouts:
+        if not self._batch.reached:
             return
+        batch, self._batch = self._batch, Product()
         first = self.grid.num_prefix_tokens
-        rows = [r[0, first:] if self.grid.has_cls_token else r[first:, first:].mean(dim=0) for r in self._rollouts]
-        self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).cpu().numpy())
-        self._depths |= set(self._reached)
-        self._rollouts, self._reached = [], []
-
-
-def _discard(fused: Float[Tensor, "image query key"], ratio: float, *, protected: int) -> None:
-    """Sets the smallest entries outside the first `protected` columns to zero, image by image, in place."""
-    for matrix in fused[:, :, protected:]:
-        candidates = matrix.reshape(-1)
-        count = int(ratio * len(candidates))
-        if count:
-            smallest = torch.topk(candidates, count, largest=False, sorted=False).indices
-            matrix[smallest // matrix.shape[1], smallest % matrix.shape[1]] = 0
+        weights = torch.zeros(self.grid.num_tokens)
+        weights[0 if self.grid.has_cls_token else slice(first, None)] = (
+            1 if self.grid.has_cls_token else 1 / self.grid.num_patches
+        )
+        with torch.no_grad():
+            rows = [row[first:].float().cpu() for row in batch.rows(weights)]
+        self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).numpy())
+        self._depths |= set(batch.reached)

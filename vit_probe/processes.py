@@ -1,0 +1,160 @@
+"""The processes that share the images of a run: which of them this one is, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+from vit_probe.errors import InputError, ProcessGone, SharedInputError
+
+__all__ = ["Processes"]
+
+_START = timedelta(minutes=10)  # for all processes to come
+_SHARE = timedelta(days=365)  # for all to be through with their shares; that one is gone shows in its broken connection
+_Value = TypeVar("_Value")
+
+
+class Processes:
+    """The processes that share the images of a run, and which of them this one is; one alone, unless told otherwise.
+
+    All they tell each other goes to or from the first, and lies in the CPU's memory: it goes over gloo, and takes none of a
+    GPU's memory. One process alone talks to nobody, and does not import `torch.distributed`.
+
+    Args:
+        rank: The number of this one, from 0.
+        count: How many there are.
+        local_rank: The number of this one among those on the same machine.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.count, self.local_rank = rank, count, local_rank
+        self._group: Any = None
+
+    @classmethod
+    def here(cls) -> Self:
+        """What the environment says, as `torchrun` sets it; without it, one process.
+
+        Raises:
+            InputError: If the environment makes no sense.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        said = {name: os.environ[name] for name in names if name in os.environ}
+        if "WORLD_SIZE" not in said or "RANK" not in said:
+            return cls()
+        if not all(value.isdecimal() for value in said.values()) or int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+            raise InputError(
+                f"the environment says {' '.join(f'{name}={value}' for name, value in said.items())}, which is no process of "
+                "several; start with torchrun, or unset these"
+            )
+        return cls(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said.get("LOCAL_RANK", said["RANK"])))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that gathers, writes and prints."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device of this process where all are told to use `name`: a GPU of its own, as long as there are enough."""
+        if self.count == 1 or name not in ("auto", "cuda"):
+            return name
+        import torch
+
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else name
+
+    @contextmanager
+    def joined(self) -> Iterator[Self]:
+        """Meets the others, and leaves them at the end.
+
+        Raises:
+            InputError: If they cannot be met.
+        """
+        if self.count == 1:
+            yield self
+            return
+        import torch
+        from torch import distributed
+
+        try:
+            try:
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                distributed.init_process_group(backend, timeout=_START)
+                self._group = distributed.new_group(backend="gloo", timeout=_SHARE)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(
+                    f"process {self.rank} of {self.count} cannot meet the others ({reason}); start them with torchrun, or give "
+                    "each RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                ) from error
+            yield self
+        finally:
+            self._group = None
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+    def gathered(self, value: _Value) -> list[_Value]:
+        """In the first process the values of all, by rank; in the others nothing.
+
+        Raises:
+            ProcessGone: If one of them has ended.
+        """
+        if self.first:
+            return [value, *(self._received(rank) for rank in range(1, self.count))]
+        self._send(value, 0)
+        return []
+
+    def told(self, value: _Value) -> _Value:
+        """In all processes the value of the first.
+
+        Raises:
+            ProcessGone: If one of them has ended.
+        """
+        if not self.first:
+            return self._received(0)
+        for rank in range(1, self.count):
+            self._send(value, rank)
+        return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done within it succeeds in all processes or in none; all wait at its end for each other.
+
+        Raises:
+            SharedInputError: In all, if one or more met an InputError; that of the lowest rank.
+            ProcessGone: If one of them has ended.
+        """
+        if self.count == 1:
+            yield
+            return
+        failure: InputError | None = None
+        try:
+            yield
+        except InputError as error:
+            failure = error
+        met = self.gathered(None if failure is None else str(failure))
+        sentence = self.told(next((sentence for sentence in met if sentence is not None), None))
+        if sentence is not None:
+            raise SharedInputError(sentence) from failure
+
+    def _send(self, value: object, rank: int) -> None:
+        from torch import distributed
+
+        try:
+            distributed.send_object_list([value], dst=rank, group=self._group)
+        except RuntimeError as error:
+            raise self._gone(rank) from error
+
+    def _received(self, rank: int) -> Any:
+        from torch import distributed
+
+        value = [None]
+        try:
+            distributed.recv_object_list(value, src=rank, group=self._group)
+        except RuntimeError as error:
+            raise self._gone(rank) from error
+        return value[0]
+
+    def _gone(self, rank: int) -> ProcessGone:
+        return ProcessGone(f"process {rank} of {self.count} (counted from 0) is gone: it failed, or was killed")

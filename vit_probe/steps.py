@@ -1,0 +1,93 @@
+"""The steps that the commands have in common. What is heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from vit_probe import terminal
+from vit_probe.errors import InputError
+from vit_probe.options import Format
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vit_probe.processes import Processes
+    from vit_probe.run import AttentionRun
+    from vit_probe.tiles import AttentionObserver
+
+__all__ = ["attention_run", "if_possible", "load", "observed", "prepare"]
+
+_Made = TypeVar("_Made")
+
+
+def prepare(
+    images: list[Path] | None,
+    more: list[Path] | None,
+    out: Path,
+    limit: int | None,
+    formats: Sequence[Format] | None,
+) -> tuple[Path, list[str], list[Any]]:
+    """Everything that can be checked before the model is loaded: the images there are, the output folder, the formats."""
+    from vit_probe.files import writable_folder
+
+    photographs: list[Any] = []
+    if limit is not None:
+        from vit_probe.images import find_images, sample_photographs
+
+        sources = [*(images or ()), *(more or ())]
+        photographs = list(find_images(sources)[:limit]) if sources else list(sample_photographs(min(limit, 128)))
+    return writable_folder(out), [name.value for name in dict.fromkeys(formats or [Format.png])], photographs
+
+
+def load(model: str) -> nn.Module:
+    """The model that `--model` names."""
+    from vit_probe.checkpoints import load_model
+
+    return load_model(model)
+
+
+def if_possible(what: str, make: Callable[[], _Made], say: bool = True) -> _Made | None:
+    """What `make` returns; None, with a note, where this model does not have it."""
+    try:
+        return make()
+    except InputError as error:
+        if say:
+            terminal.complain(f"note: {what} left out: {error}")
+        return None
+
+
+def attention_run(
+    model: nn.Module,
+    images: list[Any],
+    batch_size: int,
+    device: str,
+    on_error: Literal["stop", "skip"],
+    processes: Processes,
+    keep_images: int = 0,
+) -> AttentionRun:
+    """The photographs about to go through the model, as far as they are this process's."""
+    from vit_probe.run import AttentionRun
+
+    options: dict[str, Any] = dict(batch_size=batch_size, device=device, on_error=on_error, keep_images=keep_images)
+    return AttentionRun(model, images, processes=processes, **options)
+
+
+@contextmanager
+def observed(run: AttentionRun, folder: Path, resume: bool, *measures: AttentionObserver) -> Iterator[None]:
+    """Shows the photographs to the measures; keeps the state in `folder` until what is done with them has succeeded."""
+    from vit_probe.state import state_file
+
+    processes = run.processes
+    with processes.together():
+        state = state_file(folder, processes.rank, processes.count, go_on=resume)
+    with terminal.progress(run.images.count, processes) as advance:
+        run.observe(*measures, progress=advance, state=state)
+    if processes.first:
+        for name, reason in run.images.skipped:
+            terminal.complain(f"note: {name} is left out: {reason}")
+    with processes.together():
+        yield
+    state.unlink()
