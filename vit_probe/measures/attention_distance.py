@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
-from vit_probe.measures.image_means import PatchQueries
+from vit_probe.measures.image_means import PatchQueries, RowDots
 from vit_probe.measures.per_head import PerHead
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun
@@ -194,17 +194,18 @@ class AttentionDistance(PerHead):
         )
 
 
-@dataclass(frozen=True)
 class _DistanceAndMass:
     """The attention-weighted distance of each query, and the attention that falls on patches."""
 
-    prefix: Prefix
+    def __init__(self, prefix: Prefix) -> None:
+        self._prefix = prefix
+        self._dots = RowDots()
 
     def of(self, queries: PatchQueries) -> tuple[Tensor, Tensor]:
-        return torch.linalg.vecdot(queries.attention, queries.distances), queries.attention.sum(dim=-1)
+        return self._dots(queries.attention, queries.distances), queries.attention.sum(dim=-1)
 
     def values(self, sums: Float[Tensor, "2 image head query"]) -> Float[Tensor, "2 image head query"]:
         distance, mass = sums
-        if self.prefix == "renormalize":
+        if self._prefix == "renormalize":
             distance = distance / mass.clamp_min(_TINY)
         return torch.stack([distance, mass])

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
-from vit_probe.measures.image_means import PatchQueries
+from vit_probe.measures.image_means import PatchQueries, RowDots
 from vit_probe.measures.per_head import PerHead
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun
@@ -159,11 +158,14 @@ class _Entropy:
     With scores s, 0 at the largest, and weights p = exp(s - z), - sum p log p = z - sum p s, and z = - log of the largest p.
     """
 
+    def __init__(self) -> None:
+        self._dots = RowDots()
+
     def of(self, queries: PatchQueries) -> tuple[Tensor, ...]:
         weights, scores = queries.probabilities, queries.scores
         assert scores is not None
         largest = weights.amax(dim=-1)
-        entropy = -torch.linalg.vecdot(weights, scores) - largest.log()
+        entropy = -self._dots(weights, scores) - largest.log()
         others = weights.shape[-1] - queries.attention.shape[-1]
         on_prefix = weights[..., :others] if others else weights - queries.attention
         itself = weights.diagonal(offset=queries.itself.start, dim1=-2, dim2=-1)

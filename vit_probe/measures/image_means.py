@@ -15,7 +15,7 @@ from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.tiles import AttentionTile
 
-__all__ = ["ImageMeans", "PatchQueries", "QueryValues", "wide"]
+__all__ = ["ImageMeans", "PatchQueries", "QueryValues", "RowDots", "wide"]
 
 _KEPT_DISTANCES = 1 << 20  # pairs of patches whose distances are kept, 4 MB; of larger grids only those of a tile
 
@@ -37,6 +37,22 @@ class PatchQueries:
     attention: Float[Tensor, "image head query patch"]
     distances: Float[Tensor, "*#window query patch"]
     itself: slice
+
+
+class RowDots:
+    """Sums of products of rows, in memory that is used again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(
+        self, left: Float[Tensor, "image head query key"], right: Float[Tensor, "*#query key"]
+    ) -> Float[Tensor, "image head query"]:
+        if self._memory.numel() < left.numel() or self._memory.dtype != left.dtype or self._memory.device != left.device:
+            with torch.inference_mode(False):
+                self._memory = left.new_empty(left.numel())
+        products = self._memory[: left.numel()].view(left.shape)
+        return torch.mul(left, right, out=products).sum(dim=-1)
 
 
 class QueryValues(Protocol):
