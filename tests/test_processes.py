@@ -31,6 +31,7 @@ from vit_probe.record import Record
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun
 from vit_probe.state import state_file
+from vit_probe.stream import ImageStream
 
 GRID = TokenGrid(2, 3, (8, 6), 1, True)
 WAIT = 120  # seconds; a run takes a few
@@ -189,9 +190,7 @@ def test_a_process_is_killed(tmp_path: Path) -> None:
         ended = ends(*both)
         assert ended[killed].code == -signal.SIGKILL
         assert ended[1 - killed].code == 2
-        sentence = (
-            f"process {killed} of 2 (counted from 0) is gone: it failed, or was killed; the same command with --resume goes on"
-        )
+        sentence = f"process {killed} of 2 (counted from 0) has ended before its time; the same command with --resume goes on"
         assert ended[1 - killed].err.startswith(f"vit-probe: {sentence}")
         assert len(ended[1 - killed].err.splitlines()) == 1
         assert all(path.exists() for path in states)
@@ -252,20 +251,45 @@ terminal._run = lambda *given: (time.sleep(2 if os.environ["RANK"] == "0" else 0
     assert ended.err.count("vit-probe: ") == ended.err.count("'neither' is not one of 'renormalize', 'drop'") == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_wrong_for_one_alone_ends_all(rank: int, tmp_path: Path) -> None:
+    given: list[list[object]] = [["distance", "--out", tmp_path / "out"] for _ in range(2)]
+    given[rank] += ["--prefix", "neither"]
+    first, second = ends(*by_hand(tmp_path, given))
+    assert (first.code, second.code) == (2, 2)
+    assert first.err.count("vit-probe: ") == first.err.count("'neither' is not one of 'renormalize', 'drop'") == 1
+    assert second.err == ""
+
+
+@pytest.mark.parametrize("command", ["--help", "models", "filters", "positions"])
+def test_what_takes_no_images_waits_for_nobody(command: str, tmp_path: Path) -> None:
+    given = [command] if command in ("--help", "models") else [command, "--out", tmp_path / "out"]
+    (ended,) = ends(start(tmp_path, sys.executable, "-c", SCRIPT, *given, RANK=0, WORLD_SIZE=2))
+    assert ended.code == 0, ended.err
+    assert ended.out
+
+
+def test_wrong_arguments_with_nobody_to_meet(tmp_path: Path) -> None:
+    (ended,) = ends(start(tmp_path, sys.executable, "-c", SCRIPT, "distance", "--prefix", "neither", RANK=1, WORLD_SIZE=2))
+    assert ended.code == 2
+    assert "vit-probe: in process 1 of 2: " in ended.err
+    assert "'neither' is not one of 'renormalize', 'drop'" in ended.err
+
+
 def test_what_one_process_meets_on_its_way_ends_all(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
     (photographs / "06.jpg").unlink()
     given = ["distance", "--model", checkpoint, "--images", photographs, "--out", tmp_path / "out"]
     first, second = ends(*by_hand(tmp_path, [given] * 2))
     assert (first.code, second.code) == (2, 2)
     assert re.match("vit-probe: in process 1 of 2: .*03.jpg cannot be decoded", second.err)
-    assert "process 1 of 2 (counted from 0) is gone" in first.err
+    assert "process 1 of 2 (counted from 0) has ended" in first.err
 
 
 def test_processes_that_were_not_given_the_same(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
     given = ["distance", "--model", checkpoint, "--on-error", "skip", "--out", tmp_path / "out", "--images", photographs]
-    first, second = ends(*by_hand(tmp_path, [given, [*given, "--limit", 8, "--prefix", "drop"]]))
+    first, second = ends(*by_hand(tmp_path, [given, [*given, "--limit", 8, "--prefix", "drop", "--on-error", "stop"]]))
     assert (first.code, second.code) == (2, 2)
-    assert "process 1 has not the same images and measures as process 0; start all with the same" in first.err
+    assert "process 1 does not have the same images, measures and on_error as process 0; start all" in first.err
     assert second.err == ""
 
 
@@ -315,6 +339,23 @@ def test_what_was_left_out_comes_in_the_order_of_the_list() -> None:
     assert np.ravel(record.shown(1)).tolist() == [0, 0, 0]
 
 
+def test_the_first_process_keeps_no_more_pictures_than_it_shows() -> None:
+    stream = ImageStream(images(batch=4), None, keep=2, shard=(0, 2))
+    shards = [[0, 2], [1, 3]]
+    pictures = [{index: np.full((1, 1, 3), index) for index in shard} for shard in shards]
+    records = [Record(4, list("ab"), shard, list("xy"), [], [], kept) for shard, kept in zip(shards, pictures, strict=True)]
+    stream.merge(records)
+    assert stream.record().pictures.keys() == {0, 1}
+    assert stream.kept()[:, 0, 0, 0].tolist() == [0, 1]  # type: ignore[index]
+
+
+def test_a_state_stays_as_it_was_taken() -> None:
+    record = Record(1, ["a"], [0], ["x"])
+    state = record.state()
+    record.add(Record(2, ["b"], [1], ["y"]))
+    assert (state["position"], state["names"], state["indices"]) == (1, ["a"], [0])
+
+
 # The parts
 
 
@@ -335,11 +376,12 @@ def test_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_has_nobody_to_talk_to() -> None:
-    with Processes().joined() as one:
-        assert not distributed.is_initialized()
-        assert (one.gathered(3), one.told(4)) == ([3], 4)
-        with pytest.raises(InputError, match="as it is") as caught, one.together():
-            raise InputError("as it is")
+    one = Processes()
+    one.meet()
+    assert not distributed.is_initialized()
+    assert (one.gathered(3), one.told(4)) == ([3], 4)
+    with pytest.raises(InputError, match="as it is") as caught, one.together():
+        raise InputError("as it is")
     assert type(caught.value) is InputError
 
 
@@ -348,10 +390,20 @@ def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    sentence = "process 0 of 2 cannot meet the others .*MASTER_ADDR.* start them with torchrun, or give each"
-    with pytest.raises(InputError, match=sentence), Processes(0, 2).joined():
-        pass
+    sentence = "the other processes cannot be met .*MASTER_ADDR.* start all 2 with torchrun, or give each"
+    with pytest.raises(InputError, match=sentence), Processes(0, 2).together():
+        raise AssertionError
     assert not distributed.is_initialized()
+
+
+def test_they_meet_in_the_memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all are there, within minutes, before the group is made that waits for days."""
+    done: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("init_process_group", "barrier", "new_group"):
+        monkeypatch.setattr(distributed, name, lambda *given, name=name, **limits: done.append((name, *given)))
+    Processes(0, 2).meet()
+    assert done == [("init_process_group", "gloo"), ("barrier",), ("new_group",)]
 
 
 def test_a_gpu_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

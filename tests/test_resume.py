@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ def test_the_state_of_another_run_is_refused(folder: Path, tmp_path: Path) -> No
     run, measures = begun(images(batch=5))
     with pytest.raises(InputError, match="another run, which differs in its measures;"):
         run.observe(measures[0], state=state)
+    other, measures = begun(images(batch=5))
+    other.model.config = replace(other.model.config, norm_eps=1e-5)  # the weights are the same
+    with pytest.raises(InputError, match="another run, which differs in its model;"):
+        other.observe(*measures, state=state)
+    skipping, measures = begun(images(batch=5), on_error="skip")
+    skipping.observe(*measures, state=state)
     with torch.no_grad():
         run.model.norm.bias += 1
     with pytest.raises(InputError, match="another run, which differs in its model;"):

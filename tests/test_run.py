@@ -19,6 +19,7 @@ from tests.models import FAMILIES, Assemble, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_rollout, mean_attention_distance
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures import AttentionDistance, AttentionRollout
+from vit_probe.measures.rollout_ways import Backwards
 from vit_probe.results import weights_sha256
 from vit_probe.run import AttentionRun, model_provenance, select_device
 
@@ -215,6 +216,26 @@ def test_what_memory_does_not_hold_is_halved_and_said_once(error: RuntimeError) 
     np.testing.assert_allclose(measures[0].compute().distance, expected, rtol=1e-6)
     maps = attention_rollout(small_vit(), x, device="cpu").maps
     np.testing.assert_allclose(measures[1].compute().maps, maps, rtol=1e-5)
+
+
+def test_what_is_put_off_to_the_end_of_a_batch_is_halved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(batch=8)
+    expected = attention_rollout(small_vit(), x, device="cpu").maps
+    rows = Backwards.rows
+
+    def hungry(self: Backwards, weights: Tensor) -> list[Tensor]:
+        if len(self.reached) > 3:
+            raise OUT_OF_MEMORY[0]
+        return rows(self, weights)
+
+    monkeypatch.setattr(Backwards, "rows", hungry)
+    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_way", lambda inputs: "recomputed")
+    attention = run(small_vit(), x, batch_size=8)
+    distance, rollout = AttentionDistance(attention.grid), AttentionRollout(attention.grid)
+    with pytest.warns(AssumptionWarning, match="memory does not hold 8 images"):
+        attention.observe(distance, rollout)
+    np.testing.assert_allclose(rollout.compute().maps, expected, rtol=1e-5)
+    assert distance.compute().num_images == 8
 
 
 def test_memory_that_does_not_hold_one_image_ends_the_run() -> None:

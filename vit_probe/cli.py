@@ -68,8 +68,17 @@ def figures(
         from vit_probe.measures.attention_distance import AttentionDistance
         from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
         from vit_probe.output import write_analysis, write_figure7, write_run
+        from vit_probe.run import AttentionRun
 
-        run = steps.attention_run(loaded, photographs, batch_size, device, on_error, processes, keep_images=SHOWN_IMAGES)
+        run = AttentionRun(
+            loaded,
+            photographs,
+            batch_size=batch_size,
+            device=device,
+            on_error=on_error,
+            processes=processes,
+            keep_images=SHOWN_IMAGES,
+        )
         distance = AttentionDistance(run.grid, windows=run.windows)
         rollout = steps.if_possible("rollout is", lambda: AttentionRollout(run.grid, windows=run.windows), say=processes.first)
     with steps.observed(run, folder, resume, *(measure for measure in (distance, rollout) if measure is not None)):
@@ -120,8 +129,9 @@ def distance(
         from vit_probe.measures.attention_distance import AttentionDistance
         from vit_probe.output import root_figure, write_analysis
         from vit_probe.plots import plot_sorted_heads, save_figure
+        from vit_probe.run import AttentionRun
 
-        run = steps.attention_run(loaded, photographs, batch_size, device, on_error, processes)
+        run = AttentionRun(loaded, photographs, batch_size=batch_size, device=device, on_error=on_error, processes=processes)
         if wrong := [layer for layer in layers or () if not 0 <= layer < len(run.layers)]:
             raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
         measure = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
@@ -193,6 +203,7 @@ def rollout(
     with processes.together():
         from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
         from vit_probe.output import write_analysis
+        from vit_probe.run import AttentionRun
 
         if not 0 <= discard_ratio < 1:
             raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
@@ -200,7 +211,15 @@ def rollout(
             raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
         folder, formats, photographs = steps.prepare(images, paths, out, limit, format)
         loaded = steps.load(model)
-        run = steps.attention_run(loaded, photographs, batch_size, device, on_error, processes, keep_images=SHOWN_IMAGES)
+        run = AttentionRun(
+            loaded,
+            photographs,
+            batch_size=batch_size,
+            device=device,
+            on_error=on_error,
+            processes=processes,
+            keep_images=SHOWN_IMAGES,
+        )
         measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
     with steps.observed(run, folder, resume, measure):
         if not processes.first:

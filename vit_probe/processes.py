@@ -13,7 +13,9 @@ from vit_probe.errors import InputError, ProcessGone, SharedInputError
 __all__ = ["Processes"]
 
 _START = timedelta(minutes=10)  # for all processes to come
-_SHARE = timedelta(days=365)  # for all to be through with their shares; that one is gone shows in its broken connection
+# For all to be through with their shares. A process that ends breaks its connection, which the others see at once; a host that
+# loses power or its network breaks none, and is waited for until whoever started the processes ends them.
+_SHARE = timedelta(days=365)
 _Value = TypeVar("_Value")
 
 
@@ -21,7 +23,8 @@ class Processes:
     """The processes that share the images of a run, and which of them this one is; one alone, unless told otherwise.
 
     All they tell each other goes to or from the first, and lies in the CPU's memory: it goes over gloo, and takes none of a
-    GPU's memory. One process alone talks to nobody, and does not import `torch.distributed`.
+    GPU's memory. They meet when they first do something `together`; one process alone talks to nobody, and does not import
+    `torch.distributed`.
 
     Args:
         rank: The number of this one, from 0.
@@ -32,6 +35,7 @@ class Processes:
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
         self.rank, self.count, self.local_rank = rank, count, local_rank
         self._group: Any = None
+        self._meeting = False
 
     @classmethod
     def here(cls) -> Self:
@@ -64,35 +68,37 @@ class Processes:
 
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else name
 
-    @contextmanager
-    def joined(self) -> Iterator[Self]:
-        """Meets the others, and leaves them at the end.
+    def meet(self, limit: timedelta = _START) -> None:
+        """Meets the others, unless that is done.
 
         Raises:
-            InputError: If they cannot be met.
+            InputError: If they cannot be met within `limit`.
         """
-        if self.count == 1:
-            yield self
+        if self.count == 1 or self._group is not None:
             return
-        import torch
         from torch import distributed
 
+        self._meeting = True
         try:
-            try:
-                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-                distributed.init_process_group(backend, timeout=_START)
-                self._group = distributed.new_group(backend="gloo", timeout=_SHARE)
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(
-                    f"process {self.rank} of {self.count} cannot meet the others ({reason}); start them with torchrun, or give "
-                    "each RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-                ) from error
-            yield self
-        finally:
-            self._group = None
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+            distributed.init_process_group("gloo", timeout=limit)
+            distributed.barrier()  # all are there before they make the group whose limit is too long to wait for them
+            self._group = distributed.new_group(timeout=_SHARE)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the other processes cannot be met ({reason}); start all {self.count} with torchrun, or give each RANK, "
+                "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            ) from error
+
+    def leave(self) -> None:
+        """Leaves the others, if it has met them."""
+        if not self._meeting:
+            return
+        from torch import distributed
+
+        self._group, self._meeting = None, False
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
     def gathered(self, value: _Value) -> list[_Value]:
         """In the first process the values of all, by rank; in the others nothing.
@@ -119,15 +125,17 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is done within it succeeds in all processes or in none; all wait at its end for each other.
+        """What is done within it succeeds in all processes or in none; all meet before it, and wait at its end for each other.
 
         Raises:
+            InputError: If the others cannot be met.
             SharedInputError: In all, if one or more met an InputError; that of the lowest rank.
             ProcessGone: If one of them has ended.
         """
         if self.count == 1:
             yield
             return
+        self.meet()
         failure: InputError | None = None
         try:
             yield
@@ -157,4 +165,4 @@ class Processes:
         return value[0]
 
     def _gone(self, rank: int) -> ProcessGone:
-        return ProcessGone(f"process {rank} of {self.count} (counted from 0) is gone: it failed, or was killed")
+        return ProcessGone(f"process {rank} of {self.count} (counted from 0) has ended before its time")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         """All but the pictures, as JSON can hold it."""
-        return {name: value for name, value in vars(self).items() if name != "pictures"}
+        return {name: copy(value) for name, value in vars(self).items() if name != "pictures"}
 
     def add(self, later: Record) -> None:
         """Appends what came later."""
@@ -81,6 +82,11 @@ class Record:
         """The photographs of the first `count` images (image, height, width, channel); None if they were not kept."""
         first = self.indices[:count]
         return np.stack([self.pictures[index] for index in first]) if first and self.pictures.keys() >= set(first) else None
+
+    def keep_pictures(self, count: int) -> None:
+        """Forgets all photographs but those of the first `count` images."""
+        first = set(self.indices[:count])
+        self.pictures = {index: picture for index, picture in self.pictures.items() if index in first}
 
     def check_any(self) -> None:
         """Raise InputError if all images that there were are left out."""

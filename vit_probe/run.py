@@ -105,7 +105,7 @@ class AttentionRun:
         Raises:
             InputError: If a measure cannot use the attention, the images are not as they were announced, or the state is of
                 another run.
-            ProcessGone: If another process has ended. This one has kept its state.
+            ProcessGone: If another process has ended. What this one has done is in `state`, where that was given.
         """
         several = self.processes.count > 1
         kept = [measure for measure in measures if isinstance(measure, Measure)] if several or state is not None else []
@@ -164,18 +164,23 @@ class AttentionRun:
 
     def _check_alike(self, identity: dict[str, Any]) -> None:
         """Raises InputError in all processes unless they have the same model, images and options."""
+        identity = identity | {"on_error": self.images.on_error}  # with another, a run may go on
         with self.processes.together():
             for rank, other in enumerate(self.processes.gathered(identity)):
                 if names := differing(identity, other | {"process": 0}):
                     raise InputError(
-                        f"process {rank} has not the same {names} as process 0; start all with the same model, images and "
-                        "options"
+                        f"process {rank} does not have the same {names} as process 0; start all with the same model, "
+                        "images and options"
                     )
 
     def _identity(self, measures: Sequence[Measure]) -> dict[str, Any]:
         """What a state must be of to be gone on with."""
+        config = self._model_provenance["config"]
         return {
-            "model": self._model_provenance["weights_sha256"],
+            "model": {
+                "weights": self._model_provenance["weights_sha256"],
+                "config": config if isinstance(config, dict) else None,  # all else may print as an address
+            },
             "images": self.images.identity(),
             "preprocessing": asdict(self.images.preprocessing) if self.images.preprocessing else None,
             "grid": asdict(self.grid),
@@ -196,6 +201,9 @@ class AttentionRun:
             try:
                 with suppress(ForwardStopped):
                     self.model(part)
+                for measure in measures:
+                    if isinstance(measure, Measure):
+                        measure.end_batch()
             except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has none of its own
                 full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
                 if not full or len(part) == 1 or not all(isinstance(measure, Measure) for measure in measures):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vit_probe import terminal
 from vit_probe.errors import InputError
@@ -14,11 +14,10 @@ from vit_probe.options import Format
 if TYPE_CHECKING:
     from torch import nn
 
-    from vit_probe.processes import Processes
     from vit_probe.run import AttentionRun
     from vit_probe.tiles import AttentionObserver
 
-__all__ = ["attention_run", "if_possible", "load", "observed", "prepare"]
+__all__ = ["if_possible", "load", "observed", "prepare"]
 
 _Made = TypeVar("_Made")
 
@@ -57,22 +56,6 @@ def if_possible(what: str, make: Callable[[], _Made], say: bool = True) -> _Made
         if say:
             terminal.complain(f"note: {what} left out: {error}")
         return None
-
-
-def attention_run(
-    model: nn.Module,
-    images: list[Any],
-    batch_size: int,
-    device: str,
-    on_error: Literal["stop", "skip"],
-    processes: Processes,
-    keep_images: int = 0,
-) -> AttentionRun:
-    """The photographs about to go through the model, as far as they are this process's."""
-    from vit_probe.run import AttentionRun
-
-    options: dict[str, Any] = dict(batch_size=batch_size, device=device, on_error=on_error, keep_images=keep_images)
-    return AttentionRun(model, images, processes=processes, **options)
 
 
 @contextmanager

@@ -190,6 +190,7 @@ class ImageStream:
             together.add(record)
         together.position = max(record.position for record in records)
         self._record, order = together.in_order()
+        self._record.keep_pictures(self._keep)
         self._record.check_any()
         return order
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["complain", "print_table", "progress", "report", "run"]
 
+_USAGE = timedelta(seconds=30)  # for all to come, once one cannot read its arguments: others may never come
+
 
 def complain(sentence: str) -> None:
     """One sentence on standard error."""
@@ -36,11 +39,14 @@ def run(app: typer.Typer) -> None:
     The command finds its `Processes` as `obj` in typer's context.
     """
     try:
-        with Processes.here().joined() as processes:
-            code = _run(app, processes)
-    except InputError as error:  # the others cannot be met
+        processes = Processes.here()
+    except InputError as error:
         complain(str(error))
-        code = 2
+        sys.exit(2)
+    try:
+        code = _run(app, processes)
+    finally:
+        processes.leave()
     sys.exit(code)
 
 
@@ -51,28 +57,42 @@ def _run(app: typer.Typer, processes: Processes) -> int:
     name = f"process {processes.rank} of {processes.count}"
     try:
         with _told_to_end(processes), nullcontext() if processes.first else redirect_stdout(StringIO()):
-            return app(standalone_mode=False, obj=processes) or 0
+            return _called(app, processes)
     except SharedInputError as error:
         message, shared = str(error), True
     except InputError as error:
         message, shared = str(error) if processes.count == 1 else f"in {name}: {error}", False
     except ProcessGone as error:
         message, shared = f"{error}; the same command with --resume goes on with what was done", False
-    except TyperException as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        message, shared = message.replace("Value error, ", ""), True
     except _Ended:
         if processes.first:
             complain(f"{name} was told to end, as torchrun does when one is gone; the same command with --resume goes on")
         return 128 + signal.SIGTERM
     except (Abort, KeyboardInterrupt):
         return 130
-    if message and (processes.first or not shared):  # no message: no command, and help was shown
+    if processes.first or not shared:
         complain(message)
     if shared:
         with suppress(ProcessGone):  # not before the first has spoken: torchrun ends all as soon as one has failed
             processes.told(None)
     return 2
+
+
+def _called(app: typer.Typer, processes: Processes) -> int:
+    """The exit code of the command. What is wrong with the arguments of one process or of all is an InputError in all."""
+    try:
+        return app(standalone_mode=False, obj=processes) or 0
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if not message:  # no command, and help was shown
+            return 2
+        wrong = InputError(message.replace("Value error, ", ""))
+    try:
+        processes.meet(_USAGE)
+    except InputError:
+        raise wrong from None
+    with processes.together():
+        raise wrong
 
 
 class _Ended(BaseException):
@@ -81,7 +101,11 @@ class _Ended(BaseException):
 
 @contextmanager
 def _told_to_end(processes: Processes) -> Iterator[None]:
-    """Has SIGTERM, with which torchrun ends the others when one process is gone, raise `_Ended`."""
+    """Has SIGTERM, with which torchrun ends the others when one process is gone, raise `_Ended`.
+
+    While this process waits for another, inside gloo, Python does not serve the signal before that wait is over: the others
+    have to end as well, as they do under torchrun. To end this one alone takes SIGKILL, which loses nothing of its state.
+    """
 
     def end(*signal_and_frame: object) -> None:
         raise _Ended

@@ -153,7 +153,7 @@ class TiledAttention:
         return kept
 
 
-_ALONE = 4  # an image that takes as many parts of a tile is not worth the copy that it takes to join it to others
+_JOINED = 4  # images are joined, which takes a copy, up to this part of a tile: small products are slow
 _ROWS = 64  # with fewer queries, a product with all keys spends its time on reading the keys
 
 
@@ -161,7 +161,7 @@ def _tile_shape(batch: int, heads: int, queries: int, tokens: int, elements: int
     """Images, heads and queries of a tile: whole images where one fits, else queries of all heads or of one, in equal parts."""
     whole = elements // (heads * queries * tokens)
     if whole:
-        return min(batch, max(1, whole // _ALONE)), heads, queries
+        return min(batch, max(1, whole // _JOINED)), heads, queries
     heads_at_once = heads if elements >= heads * min(queries, _ROWS) * tokens else 1
     rows = max(1, min(queries, elements // (heads_at_once * tokens)))
     return 1, heads_at_once, math.ceil(queries / math.ceil(queries / rows))

@@ -601,3 +601,15 @@ def test_shards_of_models_of_another_depth() -> None:
     shallow.merge(deep)
     with pytest.raises(InputError, match="different numbers of layers"):
         shallow.compute()
+
+
+def test_a_batch_is_not_lost_where_its_rows_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_way", lambda inputs: "maps")
+    measure = AttentionRollout(TokenGrid(3, 4, (8, 8), 1, True))
+    with torch.no_grad(), attention_hooks(model := small_vit(), measure):
+        model(images())
+    with monkeypatch.context() as failing:
+        failing.setattr("vit_probe.measures.rollout_ways.Backwards.rows", lambda self, weights: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            measure.compute()
+    assert len(measure.compute().maps) == 3

@@ -166,7 +166,7 @@ class AttentionDistance(PerHead):
         if prefix not in get_args(Prefix):
             raise InputError(f"prefix must be one of {', '.join(get_args(Prefix))}; got {prefix!r}")
         self.prefix: Prefix = prefix
-        super().__init__(grid, windows, _DistanceAndMass(prefix), 2)
+        super().__init__(grid, windows, _DistanceAndMass(prefix))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class AttentionDistance(PerHead):
             patch_mass=tables.mean[1],
             uniform_distance=np.array([(window or self.grid).uniform_distance() for window in windows]),
             num_windows=np.array([1 if window is None else len(window.patches) for window in windows]),
-            modules=self._modules,
+            modules=list(self._modules),
             num_images=tables.num_images,
             prefix=self.prefix,
             provenance=provenance or {},
@@ -202,7 +202,7 @@ class _DistanceAndMass:
         self._dots = RowDots()
 
     def of(self, queries: PatchQueries) -> tuple[Tensor, Tensor]:
-        return self._dots(queries.attention, queries.distances), queries.attention.sum(dim=-1)
+        return self._dots(queries.attention, queries.distances()), queries.attention.sum(dim=-1)
 
     def values(self, sums: Float[Tensor, "2 image head query"]) -> Float[Tensor, "2 image head query"]:
         distance, mass = sums

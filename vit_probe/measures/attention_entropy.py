@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
 from vit_probe.measures.image_means import PatchQueries, RowDots
@@ -33,7 +34,7 @@ class AttentionEntropyResult(Result):
             are drawn from (Student's t; NaN for one image).
         prefix_mass: (layer, head), the part of patch queries' attention on prefix tokens (and on padding, in windows).
         self_mass: (layer, head), the part of patch queries' attention on themselves.
-        uniform_entropy: (layer), nats, of attention to all tokens of the sequence or window alike.
+        uniform_entropy: (layer), nats, of attention to all tokens of the sequence or window alike, padding included.
         modules: Path of each layer's module.
         num_images: Images averaged over.
     """
@@ -48,8 +49,11 @@ class AttentionEntropyResult(Result):
     num_images: int
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, module, head, entropy, std, confidence, prefix_mass, self_mass, uniform_entropy (nats),
+        """One row a head: layer, module, head, entropy, std, confidence (nats), prefix_mass, self_mass, uniform_entropy (nats),
         num_images.
+
+        Its `attrs["skipped"]` names the attention of the model that is no self-attention and so not in the table, with the
+        reason.
         """
         layer, head = np.nonzero(~np.isnan(self.entropy))
         columns = {
@@ -64,8 +68,9 @@ class AttentionEntropyResult(Result):
         return frame
 
     def summary(self) -> pd.DataFrame:
-        """One row a layer: mean and range of its heads' entropies (nats), mean prefix mass and self mass."""
-        layers = self.to_dataframe().groupby("layer")
+        """One row a layer: mean and range of its heads' entropies (nats), mean prefix and self mass; `attrs` as there."""
+        frame = self.to_dataframe()
+        layers = frame.groupby("layer")
         columns = {
             "mean entropy (nats)": layers["entropy"].mean(),
             "sharpest head": layers["entropy"].min(),
@@ -73,7 +78,9 @@ class AttentionEntropyResult(Result):
             "prefix mass": layers["prefix_mass"].mean(),
             "self mass": layers["self_mass"].mean(),
         }
-        return pd.DataFrame(columns).reset_index()
+        summary = pd.DataFrame(columns).reset_index()
+        summary.attrs = frame.attrs
+        return summary
 
 
 def attention_entropy(
@@ -124,7 +131,7 @@ class AttentionEntropy(PerHead):
     wants_scores = True
 
     def __init__(self, grid: TokenGrid, *, windows: Mapping[int, Windows] | None = None) -> None:
-        super().__init__(grid, windows, _Entropy(), 3)
+        super().__init__(grid, windows, _Entropy())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -146,7 +153,7 @@ class AttentionEntropy(PerHead):
             prefix_mass=tables.mean[1],
             self_mass=tables.mean[2],
             uniform_entropy=np.log(tokens),
-            modules=self._modules,
+            modules=list(self._modules),
             num_images=tables.num_images,
             provenance=provenance or {},
         )
@@ -163,7 +170,8 @@ class _Entropy:
 
     def of(self, queries: PatchQueries) -> tuple[Tensor, ...]:
         weights, scores = queries.probabilities, queries.scores
-        assert scores is not None
+        if scores is None:
+            raise InputError("entropy needs the scores of each tile, which observers with wants_scores = True are shown")
         largest = weights.amax(dim=-1)
         entropy = -self._dots(weights, scores) - largest.log()
         others = weights.shape[-1] - queries.attention.shape[-1]

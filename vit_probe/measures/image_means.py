@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -28,14 +29,14 @@ class PatchQueries:
         probabilities: To all tokens.
         scores: What the softmax was taken of; None unless they were asked for.
         attention: To the patches, or to all tokens of a window, 0 to what is no patch.
-        distances: In pixels to what `attention` is to.
+        distances: Gives those to what `attention` is to, in pixels.
         itself: Where `probabilities` are of a query to itself.
     """
 
     probabilities: Float[Tensor, "image head query token"]
     scores: Float[Tensor, "image head query token"] | None
     attention: Float[Tensor, "image head query patch"]
-    distances: Float[Tensor, "*#window query patch"]
+    distances: Callable[[], Float[Tensor, "*#window query patch"]]
     itself: slice
 
 
@@ -127,7 +128,7 @@ class ImageMeans:
             probabilities=probabilities,
             scores=None if tile.scores is None else tile.scores[:, :, asking],
             attention=probabilities[..., first:],
-            distances=self._distances.of(start - first, stop - first, probabilities),
+            distances=partial(self._distances.of, start - first, stop - first, probabilities),
             itself=slice(start, stop),
         )
 
@@ -143,7 +144,7 @@ class ImageMeans:
             probabilities=tile.probabilities,
             scores=tile.scores,
             attention=tile.probabilities * is_patch[:, None, None, :],
-            distances=windows.distances(which, tile.queries)[:, None].to(tile.probabilities),
+            distances=lambda: windows.distances(which, tile.queries)[:, None].to(tile.probabilities),
             itself=tile.queries,
         )
 

@@ -47,15 +47,13 @@ class PerHead(ABC):
         grid: Where the patches lie.
         windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.survey.survey`.
         values: The values of each query.
-        count: How many there are.
     """
 
     what: str  # is measured, for messages
 
-    def __init__(self, grid: TokenGrid, windows: Mapping[int, Windows] | None, values: QueryValues, count: int) -> None:
+    def __init__(self, grid: TokenGrid, windows: Mapping[int, Windows] | None, values: QueryValues) -> None:
         self.grid = grid
         self.windows = dict(windows or {})
-        self._count = count
         self._sums: list[Moments] = []
         self._modules: list[str] = []
         self._before: tuple[list[Moments], list[str]] = [], []
@@ -71,13 +69,16 @@ class PerHead(ABC):
         means = self._means.add(tile)
         if means is not None:
             while len(self._sums) <= tile.layer:
-                self._sums.append(Moments.none(self._count, means.shape[-1]))
+                self._sums.append(Moments.none(*means.shape[1:]))
                 self._modules.append(tile.name)
             self._sums[tile.layer].merge(Moments.of(means))
 
     def begin_batch(self) -> None:
         """Marks where `roll_back` goes back to."""
         self._before = [sums.copy() for sums in self._sums], list(self._modules)
+
+    def end_batch(self) -> None:  # noqa: B027  (not every measure puts something off)
+        """Does what is left to do of the batch: nothing."""
 
     def roll_back(self) -> None:
         """Forgets what came since `begin_batch`."""
@@ -86,7 +87,7 @@ class PerHead(ABC):
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here: arrays, and what JSON can hold."""
         arrays = {f"{layer}.{name}": value for layer, sums in enumerate(self._sums) for name, value in sums.state().items()}
-        return arrays | {"modules": self._modules}
+        return arrays | {"modules": list(self._modules)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state` was taken, of a measure with the same grid, windows and options."""
@@ -111,7 +112,7 @@ class PerHead(ABC):
         ):
             raise InputError(f"cannot merge {self.what} within other windows; measure images of one size with one model")
         if not self._sums:
-            self._sums, self._modules = [Moments.none(self._count, heads) for heads in theirs[2]], list(other._modules)
+            self._sums, self._modules = [Moments.none(*layer.mean.shape) for layer in other._sums], list(other._modules)
         for layer, added in zip(self._sums, other._sums, strict=False):
             layer.merge(added)
 

@@ -41,7 +41,8 @@ class AttentionRolloutResult(Result):
         names: Name of each image.
         head_fusion: How the heads of a layer became one.
         discard_ratio: Part of each layer's entries set to zero.
-        way: How it was computed, which changes nothing but rounding; see `attention_rollout`.
+        way: How it was computed, which changes nothing but rounding (and which of nearly equal entries are set to zero); see
+            `attention_rollout`.
     """
 
     maps: np.ndarray
@@ -92,7 +93,8 @@ def attention_rollout(
     With few tokens the product is formed while the model runs (the result's `way` is `product`). Where there are more than 3/4
     as many tokens as the model is wide, each layer's A is kept, and the class token's row goes back through them at the end
     (`maps`). Where there are more than 4 times as many, only queries and keys are kept, and A is made again tile by tile
-    (`recomputed`; for `max`, `min` and discarding one whole A at a time); not where attention has a bias.
+    (`recomputed`; for `max`, `min` and discarding one whole A at a time); not where attention has a bias. What is
+    kept is kept for each image of a batch: a smaller `batch_size` takes less memory.
 
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
@@ -188,9 +190,13 @@ class AttentionRollout:
         """Marks where `roll_back` goes back to."""
         self._finish_batch()
 
+    def end_batch(self) -> None:
+        """Does what is left to do of the batch."""
+        self._finish_batch()
+
     def roll_back(self) -> None:
         """Forgets what came since `begin_batch`."""
-        self._batch = Product()
+        self._batch, self._fused = Product(), self._fuse()
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here: arrays, and what JSON can hold."""
@@ -254,9 +260,9 @@ class AttentionRollout:
         return FusedMaps(self.head_fusion, self.discard_ratio, int(self.grid.has_cls_token))
 
     def _finish_batch(self) -> None:
-        if not self._batch.reached:
+        batch = self._batch
+        if not batch.reached:
             return
-        batch, self._batch = self._batch, Product()
         first = self.grid.num_prefix_tokens
         weights = torch.zeros(self.grid.num_tokens)
         weights[0 if self.grid.has_cls_token else slice(first, None)] = (
@@ -266,3 +272,4 @@ class AttentionRollout:
             rows = [row[first:].float().cpu() for row in batch.rows(weights)]
         self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).numpy())
         self._depths |= set(batch.reached)
+        self._batch = Product()  # not before: what failed for lack of memory can be tried again

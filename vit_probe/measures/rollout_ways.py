@@ -25,7 +25,7 @@ _MAPS = 4.0
 
 
 def cheapest_way(inputs: AttentionInputs) -> Way:
-    """By the number of tokens N and the width of the queries D.
+    """Chooses by the number of tokens N and the width of the queries D.
 
     A product of N x N matrices has N^2 / (12 D^2 + 2 N D) of the operations of a usual layer (4 % where N = 3/4 D), and only
     one matrix is held. A matrix of each layer costs no time, but has N / 2 D times the size of the layer's queries and keys,
