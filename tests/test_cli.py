@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models import transformers_vit
+from tests.models import classifier, transformers_vit
 from vit_probe import (
     VisionTransformer,
     ViTConfig,
@@ -35,12 +35,7 @@ ANALYSES = ("attention_distance", "patch_filters", "position_similarity", "rollo
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random ViT that says everything about itself but how photographs are prepared."""
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5))
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight *= 10
-    return save_model(model, tmp_path_factory.mktemp("model") / "small.safetensors")
+    return save_model(classifier(depth=3), tmp_path_factory.mktemp("model") / "small.safetensors")
 
 
 @pytest.fixture(scope="module")

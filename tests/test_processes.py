@@ -23,8 +23,8 @@ from PIL import Image
 from torch import distributed
 
 from tests.measures.tiles import feed, random_attention
-from tests.models import Assemble, images, small_vit
-from vit_probe import InputError, Preprocessing, TokenGrid, VisionTransformer, ViTConfig, load_result, save_model
+from tests.models import Assemble, classifier, images, small_vit
+from vit_probe import InputError, Preprocessing, TokenGrid, load_result, save_model
 from vit_probe.measures import AttentionDistance, AttentionRollout
 from vit_probe.processes import Processes
 from vit_probe.record import Record
@@ -123,11 +123,7 @@ def agree(one: Path, other: Path, name: str) -> Result:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=5))
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight *= 10
+    model = classifier(depth=2)
     model.preprocessing = Preprocessing(size=(32, 32), resize=36)
     return save_model(model, tmp_path_factory.mktemp("model") / "small.safetensors")
 

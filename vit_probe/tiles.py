@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["TILE_BYTES", "AttentionInputs", "AttentionObserver", "AttentionTile", "LayerObserver", "TiledAttention"]
+__all__ = [
+    "TILE_BYTES",
+    "AttentionInputs",
+    "AttentionObserver",
+    "AttentionTile",
+    "LayerObserver",
+    "TiledAttention",
+    "Workspace",
+]
 
 TILE_BYTES = 4 << 20
 
@@ -79,8 +87,23 @@ class LayerObserver(AttentionObserver, Protocol):
     def begin_layer(self, inputs: AttentionInputs) -> bool: ...
 
 
+class Workspace:
+    """Memory that is used again: fresh pages cost more than the arithmetic done on them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with what the memory held before; as long as none is asked for that is larger, or of other type."""
+        size = math.prod(shape)
+        if self._memory.numel() < size or self._memory.dtype != dtype or self._memory.device != device:
+            with torch.inference_mode(False):
+                self._memory = torch.empty(size, dtype=dtype, device=device)
+        return self._memory[:size].view(*shape)
+
+
 class TiledAttention:
-    """Computes attention in a workspace of bounded size, which is kept: fresh pages cost more than the arithmetic.
+    """Computes attention tile by tile, each in the same memory.
 
     Args:
         tile_bytes: Upper bound of a tile's size; one query of one head of one image is the least.
@@ -88,7 +111,7 @@ class TiledAttention:
 
     def __init__(self, tile_bytes: int) -> None:
         self._tile_bytes = tile_bytes
-        self._workspaces: dict[str, Tensor] = {}
+        self._scores, self._probabilities = Workspace(), Workspace()
 
     def __call__(
         self,
@@ -104,9 +127,6 @@ class TiledAttention:
         scored = any(getattr(observer, "wants_scores", False) for observer in observers)
         at_once, heads_at_once, rows = _tile_shape(batch, heads, length, tokens, self._tile_bytes // dtype.itemsize)
         least = torch.finfo(dtype).min
-        size = at_once * heads_at_once * rows * tokens
-        memory = self._reserve("scores", size, dtype, query.device)
-        target = self._reserve("probabilities", size, dtype, query.device) if scored else memory
         output = None
         if value is not None:  # laid out as the fused kernels do, so that the heads merge without a copy
             output = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
@@ -119,7 +139,9 @@ class TiledAttention:
                 for some in _slices(heads, heads_at_once):
                     shape = (count, some.stop - some.start, queries.stop - queries.start, tokens)
                     group = slice(some.start, some.start + count * shape[1])  # several images come with all their heads
-                    scores, probabilities = (m[: math.prod(shape)].view(-1, *shape[2:]) for m in (memory, target))
+                    matrices = (count * shape[1], *shape[2:])
+                    scores = self._scores.take(matrices, dtype, query.device)
+                    probabilities = self._probabilities.take(matrices, dtype, query.device) if scored else scores
                     products = group_query[group, queries], group_key[group].mT
                     torch.baddbmm(scores, *products, beta=0, alpha=inputs.scale, out=scores)
                     if bias is not None:
@@ -143,14 +165,6 @@ class TiledAttention:
                         product = torch.bmm(probabilities, group_value[group])
                         output[images, some, queries] = product.view(*shape[:3], -1).to(output.dtype)
         return output
-
-    def _reserve(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory that is used again; never less than before, so that layers of different sizes share it."""
-        kept = self._workspaces.get(name)
-        if kept is None or kept.dtype != dtype or kept.device != device or kept.numel() < size:
-            with torch.inference_mode(False):
-                kept = self._workspaces[name] = torch.empty(size, dtype=dtype, device=device)
-        return kept
 
 
 _JOINED = 4  # images are joined, which takes a copy, up to this part of a tile: small products are slow

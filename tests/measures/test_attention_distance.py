@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from tests import reference
-from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
+from tests.measures.tiles import (
+    FailsAfter,
+    feed,
+    grids,
+    identity_attention,
+    merged_shards,
+    random_attention,
+    tilings,
+    uniform_attention,
+)
 from tests.models import FAMILIES, expected_attention, images, small_vit, swin
 from vit_probe import InputError, TokenGrid, attention_hooks, load_result, mean_attention_distance
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult
@@ -167,11 +176,7 @@ def test_the_order_of_images_and_the_batches_change_nothing(order: list[int], ti
 def test_shards_merge_in_any_order(order: list[int], cuts: list[int]) -> None:
     attention = random_attention(GRID, batch=6)
     whole = feed(AttentionDistance(GRID), attention).compute()
-    bounds = [0, *cuts, 6]
-    shards = [feed(AttentionDistance(GRID), attention[:, bounds[i] : bounds[i + 1]]) for i in order]  # some of them empty
-    for shard in shards[1:]:
-        shards[0].merge(shard)
-    merged = shards[0].compute()
+    merged = merged_shards(lambda: AttentionDistance(GRID), attention, order, cuts).compute()
     assert merged.num_images == 6
     for name in ("distance", "std", "patch_mass"):
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-6)

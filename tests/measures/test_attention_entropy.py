@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests import reference
-from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
+from tests.measures.tiles import (
+    FailsAfter,
+    feed,
+    grids,
+    identity_attention,
+    merged_shards,
+    random_attention,
+    tilings,
+    uniform_attention,
+)
 from tests.models import FAMILIES, Assemble, expected_attention, images, small_vit, swin
 from vit_probe import InputError, TokenGrid, attention_entropy, attention_hooks, load_result
 from vit_probe.geometry import Windows
@@ -157,11 +166,7 @@ def test_a_query_that_may_see_nothing_has_no_entropy() -> None:
 def test_shards_merge_in_any_order(order: list[int], cuts: list[int]) -> None:
     attention = random_attention(GRID, batch=6)
     whole = feed(AttentionEntropy(GRID), attention).compute()
-    bounds = [0, *cuts, 6]
-    shards = [feed(AttentionEntropy(GRID), attention[:, bounds[i] : bounds[i + 1]]) for i in order]  # some of them empty
-    for shard in shards[1:]:
-        shards[0].merge(shard)
-    merged = shards[0].compute()
+    merged = merged_shards(lambda: AttentionEntropy(GRID), attention, order, cuts).compute()
     assert merged.num_images == 6
     for name in MEASURED:
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=0, atol=1e-5)

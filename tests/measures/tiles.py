@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,15 @@ def scores_of(attention: Tensor) -> Tensor:
     """What softmax makes `attention` of: 0 where it is largest, and finite where it is 0."""
     logarithms = attention.log()
     return (logarithms - logarithms.amax(dim=-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).min)
+
+
+def merged_shards(make: Callable[[], Any], attention: np.ndarray, order: list[int], cuts: list[int]) -> Any:
+    """What measures have seen together of which each saw the images between two cuts, merged in some order."""
+    bounds = [0, *cuts, attention.shape[1]]
+    shards = [feed(make(), attention[:, bounds[i] : bounds[i + 1]]) for i in order]  # some of them empty
+    for shard in shards[1:]:
+        shards[0].merge(shard)
+    return shards[0]
 
 
 tilings = st.fixed_dictionaries(

@@ -16,7 +16,7 @@ from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
 from vit_probe.measures.image_means import PatchQueries, RowDots
-from vit_probe.measures.per_head import PerHead
+from vit_probe.measures.per_head import PerHead, head_frame, layer_summary
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
@@ -65,23 +65,8 @@ class AttentionDistanceResult(Result):
         Its `attrs["skipped"]` names the attention of the model that is no self-attention and so not in the table, with the
         reason.
         """
-        layer, head = np.nonzero(~np.isnan(self.distance))
-        frame = pd.DataFrame(
-            {
-                "layer": layer,
-                "module": [self.modules[index] for index in layer],
-                "head": head,
-                "distance": self.distance[layer, head],
-                "std": self.std[layer, head],
-                "confidence": self.confidence[layer, head],
-                "patch_mass": self.patch_mass[layer, head],
-                "uniform_distance": self.uniform_distance[layer],
-                "num_windows": self.num_windows[layer],
-                "num_images": self.num_images,
-            }
-        )
-        frame.attrs["skipped"] = self.provenance.get("skipped", {})
-        return frame
+        values = ("distance", "std", "confidence", "patch_mass", "uniform_distance", "num_windows", "num_images")
+        return head_frame(self, self.modules, *values)
 
     def summary(self) -> pd.DataFrame:
         """One row a layer: mean and range of its heads' distances (pixels), and mean patch mass; `attrs` as in the table."""
@@ -96,9 +81,7 @@ class AttentionDistanceResult(Result):
         }
         if (self.num_windows > 1).any():
             columns["windows"] = layers["num_windows"].first()
-        summary = pd.DataFrame(columns).reset_index()
-        summary.attrs = frame.attrs
-        return summary
+        return layer_summary(frame, columns)
 
     def plot(self, *, ax: Axes | None = None, spread: bool = False) -> Axes:
         """Distance against depth, a dot a head; `spread` adds the standard deviation over images."""

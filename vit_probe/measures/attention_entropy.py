@@ -15,7 +15,7 @@ from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
 from vit_probe.measures.image_means import PatchQueries, RowDots
-from vit_probe.measures.per_head import PerHead
+from vit_probe.measures.per_head import PerHead, head_frame, layer_summary
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
@@ -55,17 +55,8 @@ class AttentionEntropyResult(Result):
         Its `attrs["skipped"]` names the attention of the model that is no self-attention and so not in the table, with the
         reason.
         """
-        layer, head = np.nonzero(~np.isnan(self.entropy))
-        columns = {
-            name: getattr(self, name)[layer, head] for name in ("entropy", "std", "confidence", "prefix_mass", "self_mass")
-        }
-        frame = pd.DataFrame(
-            {"layer": layer, "module": [self.modules[index] for index in layer], "head": head}
-            | columns
-            | {"uniform_entropy": self.uniform_entropy[layer], "num_images": self.num_images}
-        )
-        frame.attrs["skipped"] = self.provenance.get("skipped", {})
-        return frame
+        values = ("entropy", "std", "confidence", "prefix_mass", "self_mass", "uniform_entropy", "num_images")
+        return head_frame(self, self.modules, *values)
 
     def summary(self) -> pd.DataFrame:
         """One row a layer: mean and range of its heads' entropies (nats), mean prefix and self mass; `attrs` as there."""
@@ -78,9 +69,7 @@ class AttentionEntropyResult(Result):
             "prefix mass": layers["prefix_mass"].mean(),
             "self mass": layers["self_mass"].mean(),
         }
-        summary = pd.DataFrame(columns).reset_index()
-        summary.attrs = frame.attrs
-        return summary
+        return layer_summary(frame, columns)
 
 
 def attention_entropy(

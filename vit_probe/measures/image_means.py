@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
-from vit_probe.tiles import AttentionTile
+from vit_probe.tiles import AttentionTile, Workspace
 
 __all__ = ["ImageMeans", "PatchQueries", "QueryValues", "RowDots", "wide"]
 
@@ -41,19 +41,15 @@ class PatchQueries:
 
 
 class RowDots:
-    """Sums of products of rows, in memory that is used again: fresh pages cost more than the arithmetic."""
+    """Sums of products of rows."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._products = Workspace()
 
     def __call__(
         self, left: Float[Tensor, "image head query key"], right: Float[Tensor, "*#query key"]
     ) -> Float[Tensor, "image head query"]:
-        if self._memory.numel() < left.numel() or self._memory.dtype != left.dtype or self._memory.device != left.device:
-            with torch.inference_mode(False):
-                self._memory = left.new_empty(left.numel())
-        products = self._memory[: left.numel()].view(left.shape)
-        return torch.mul(left, right, out=products).sum(dim=-1)
+        return torch.mul(left, right, out=self._products.take(left.shape, left.dtype, left.device)).sum(dim=-1)
 
 
 class QueryValues(Protocol):
@@ -169,25 +165,22 @@ def _in_float64(values: Tensor) -> np.ndarray:
 
 
 class _Distances:
-    """Distances from some patches to all, in memory that is used again."""
+    """Distances from some patches to all."""
 
     def __init__(self, grid: TokenGrid) -> None:
         self._grid = grid
         self._all = grid.num_patches**2 <= _KEPT_DISTANCES
-        self._memory = torch.empty(0, 0)
-        self._span = (0, 0)
+        self._memory = Workspace()
+        self._held: tuple[Any, ...] = ()  # what the memory holds
 
     def of(self, start: int, stop: int, like: Tensor) -> Float[Tensor, "query patch"]:
         """Those of the patches `start` to `stop`, of the type and on the device of `like`."""
-        span = (0, self._grid.num_patches) if self._all else (start, stop)
-        length, patches = span[1] - span[0], self._grid.num_patches
-        if self._memory.device != like.device or self._memory.dtype != like.dtype or len(self._memory) < length:
-            with torch.inference_mode(False):
-                self._memory, self._span = like.new_empty(length, patches), (0, 0)
-        if span != self._span:
-            self._grid.distances(*span, device=like.device, out=self._memory[:length])
-            self._span = span
-        return self._memory[start - span[0] : stop - span[0]]
+        first, last = (0, self._grid.num_patches) if self._all else (start, stop)
+        distances = self._memory.take((last - first, self._grid.num_patches), like.dtype, like.device)
+        if self._held != (first, last, like.dtype, like.device):
+            self._grid.distances(first, last, device=like.device, out=distances)
+            self._held = (first, last, like.dtype, like.device)
+        return distances[start - first : stop - first]
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 
@@ -15,10 +16,10 @@ from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.measures.image_means import ImageMeans, QueryValues
 from vit_probe.measures.moments import Moments
-from vit_probe.results import check_finite
+from vit_probe.results import Result, check_finite
 from vit_probe.tiles import AttentionTile
 
-__all__ = ["HeadTables", "PerHead"]
+__all__ = ["HeadTables", "PerHead", "head_frame", "layer_summary"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,29 @@ class PerHead(ABC):
 
     def _windows_by_layer(self) -> list[Windows | None]:
         return [self.windows.get(layer) for layer in range(len(self._sums))]
+
+
+def head_frame(result: Result, modules: list[str], *names: str) -> pd.DataFrame:
+    """One row a head: layer, module, head, then the attributes of `result` called `names`.
+
+    These are (layer, head), (layer) or a number; where the first is NaN, there is no head. `attrs["skipped"]` is what the
+    provenance says was passed by.
+    """
+    layer, head = np.nonzero(~np.isnan(getattr(result, names[0])))
+    columns: dict[str, Any] = {"layer": layer, "module": [modules[index] for index in layer], "head": head}
+    for name in names:
+        values = np.asarray(getattr(result, name))
+        columns[name] = values[(layer, head)[: values.ndim]]
+    frame = pd.DataFrame(columns)
+    frame.attrs["skipped"] = result.provenance.get("skipped", {})
+    return frame
+
+
+def layer_summary(frame: pd.DataFrame, columns: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """One row a layer, of columns that were grouped by it; `attrs` as those of the table of heads."""
+    summary = pd.DataFrame(columns).reset_index()
+    summary.attrs = frame.attrs
+    return summary
 
 
 def _table(layers: list[Float[np.ndarray, "value head"]]) -> Float[np.ndarray, "value layer head"]:

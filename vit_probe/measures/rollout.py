@@ -264,10 +264,9 @@ class AttentionRollout:
         if not batch.reached:
             return
         first = self.grid.num_prefix_tokens
+        asks = slice(0, 1) if self.grid.has_cls_token else slice(first, None)
         weights = torch.zeros(self.grid.num_tokens)
-        weights[0 if self.grid.has_cls_token else slice(first, None)] = (
-            1 if self.grid.has_cls_token else 1 / self.grid.num_patches
-        )
+        weights[asks] = 1 / len(weights[asks])
         with torch.no_grad():
             rows = [row[first:].float().cpu() for row in batch.rows(weights)]
         self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).numpy())
