@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,9 +38,10 @@ class AttentionTile:
         num_heads: Heads of the layer.
         num_tokens: Tokens of the sequence, or of a window.
         probabilities: Softmax weights over all tokens, in float32 or float64. The memory is used again for the next tile:
-            reduce it or copy it, and do not write to it.
+            reduce it or copy it, and do not write to it unless it is `disposable`.
         scores: What the softmax was taken of, scaled products of queries and keys plus bias, less each query's largest; the
             least finite number where a mask hides a key. In such memory, too. Only if an observer has `wants_scores = True`.
+        disposable: Whether nobody reads the tile after this observer, the last of them, so that it may write to it.
     """
 
     layer: int
@@ -52,6 +53,7 @@ class AttentionTile:
     num_tokens: int
     probabilities: Float[Tensor, "image head query key"]
     scores: Float[Tensor, "image head query key"] | None = None
+    disposable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +134,10 @@ class TiledAttention:
             output = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         for images in _slices(batch, at_once):
             count = images.stop - images.start
-            # For one image these are views; several are copied, which costs little for the short sequences it is done for.
-            group_query, group_key = (t[images].reshape(count * heads, -1, dim).to(dtype) for t in (query, key))
-            group_value = None if value is None else value[images].reshape(count * heads, tokens, -1).to(dtype)
+            # Copied head by head: products of rows that lie far apart take longer than the copies.
+            group_query, group_key, group_value = (
+                None if t is None else t[images].to(dtype).contiguous().flatten(0, 1) for t in (query, key, value)
+            )
             for queries in _slices(length, rows):
                 for some in _slices(heads, heads_at_once):
                     shape = (count, some.stop - some.start, queries.stop - queries.start, tokens)
@@ -159,11 +162,13 @@ class TiledAttention:
                             probabilities.masked_fill_(largest == -torch.inf, 0)  # who may attend to nothing does not attend
                     places = (inputs.layer, inputs.name, images, some, queries, heads, tokens)
                     tile = AttentionTile(*places, probabilities.view(shape), scores.view(shape) if scored else None)
-                    for observer in observers:
-                        observer.update(tile)
                     if output is not None and group_value is not None:
                         product = torch.bmm(probabilities, group_value[group])
                         output[images, some, queries] = product.view(*shape[:3], -1).to(output.dtype)
+                    for observer in observers[:-1]:
+                        observer.update(tile)
+                    for observer in observers[-1:]:
+                        observer.update(replace(tile, disposable=True))
         return output
 
 

@@ -185,7 +185,8 @@ class _DistanceAndMass:
         self._dots = RowDots()
 
     def of(self, queries: PatchQueries) -> tuple[Tensor, Tensor]:
-        return self._dots(queries.attention, queries.distances()), queries.attention.sum(dim=-1)
+        mass = queries.attention.sum(dim=-1)
+        return self._dots(queries.attention, queries.distances(), disposable=queries.disposable), mass
 
     def values(self, sums: Float[Tensor, "2 image head query"]) -> Float[Tensor, "2 image head query"]:
         distance, mass = sums

@@ -162,7 +162,7 @@ class _Entropy:
         if scores is None:
             raise InputError("entropy needs the scores of each tile, which observers with wants_scores = True are shown")
         largest = weights.amax(dim=-1)
-        entropy = -self._dots(weights, scores) - largest.log()
+        entropy = -self._dots(scores, weights, disposable=queries.disposable) - largest.log()
         others = weights.shape[-1] - queries.attention.shape[-1]
         on_prefix = weights[..., :others] if others else weights - queries.attention
         itself = weights.diagonal(offset=queries.itself.start, dim1=-2, dim2=-1)

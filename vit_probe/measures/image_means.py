@@ -31,6 +31,7 @@ class PatchQueries:
         attention: To the patches, or to all tokens of a window, 0 to what is no patch.
         distances: Gives those to what `attention` is to, in pixels.
         itself: Where `probabilities` are of a query to itself.
+        disposable: Whether `probabilities`, `scores` and `attention` may be written to.
     """
 
     probabilities: Float[Tensor, "image head query token"]
@@ -38,18 +39,20 @@ class PatchQueries:
     attention: Float[Tensor, "image head query patch"]
     distances: Callable[[], Float[Tensor, "*#window query patch"]]
     itself: slice
+    disposable: bool
 
 
 class RowDots:
-    """Sums of products of rows."""
+    """Sums of products of rows; the products take the place of the left ones where these may be written to."""
 
     def __init__(self) -> None:
         self._products = Workspace()
 
     def __call__(
-        self, left: Float[Tensor, "image head query key"], right: Float[Tensor, "*#query key"]
+        self, left: Float[Tensor, "image head query key"], right: Float[Tensor, "*#query key"], *, disposable: bool
     ) -> Float[Tensor, "image head query"]:
-        return torch.mul(left, right, out=self._products.take(left.shape, left.dtype, left.device)).sum(dim=-1)
+        products = left if disposable else self._products.take(left.shape, left.dtype, left.device)
+        return torch.mul(left, right, out=products).sum(dim=-1)
 
 
 class QueryValues(Protocol):
@@ -126,6 +129,7 @@ class ImageMeans:
             attention=probabilities[..., first:],
             distances=partial(self._distances.of, start - first, stop - first, probabilities),
             itself=slice(start, stop),
+            disposable=tile.disposable,
         )
 
     def _of_windows(self, tile: AttentionTile, windows: Windows) -> PatchQueries:
@@ -142,6 +146,7 @@ class ImageMeans:
             attention=tile.probabilities * is_patch[:, None, None, :],
             distances=lambda: windows.distances(which, tile.queries)[:, None].to(tile.probabilities),
             itself=tile.queries,
+            disposable=tile.disposable,
         )
 
     def _whole_images(
