@@ -105,8 +105,10 @@ def write_tables(stem: Path, about: Mapping[str, str], titles: Mapping[str, str]
     csv = write_bytes(_csv(stem), frame.to_csv(index=False).encode())
     parts = ["# Attention measured, side by side", "\n".join(f"- {name}: {value}" for name, value in about.items()), _LEGEND]
     for case in dict.fromkeys(row.case for row in rows):
-        parts += [f"## {case}", titles.get(case, ""), _table([row for row in rows if row.case == case])]
-    markdown = write_bytes(stem.with_name(f"{stem.name}.md"), "\n\n".join(filter(None, parts)).encode() + b"\n")
+        of_case = [row for row in rows if row.case == case]
+        repeats = max(row.repeats for row in of_case)
+        parts += [f"## {case}", f"{titles.get(case, case)}; {repeats} repeats", _table(of_case)]
+    markdown = write_bytes(stem.with_name(f"{stem.name}.md"), "\n\n".join(parts).encode() + b"\n")
     return [csv, markdown]
 
 

@@ -123,7 +123,7 @@ class TiledAttention:
     ) -> Float[Tensor, "image head query value_dim"] | None:
         """Shows every tile to the observers; returns probabilities @ value where there is a value."""
         query, key, bias = inputs.query, inputs.key, inputs.bias
-        batch, heads, length, dim = query.shape
+        batch, heads, length, _ = query.shape
         tokens = key.shape[-2]
         dtype = torch.promote_types(query.dtype, torch.float32)
         scored = any(getattr(observer, "wants_scores", False) for observer in observers)
