@@ -135,9 +135,8 @@ class TiledAttention:
         for images in _slices(batch, at_once):
             count = images.stop - images.start
             # Copied head by head: products of rows that lie far apart take longer than the copies.
-            group_query, group_key, group_value = (
-                None if t is None else t[images].to(dtype).contiguous().flatten(0, 1) for t in (query, key, value)
-            )
+            group_query, group_key = (t[images].to(dtype).contiguous().flatten(0, 1) for t in (query, key))
+            group_value = None if value is None else value[images].to(dtype).contiguous().flatten(0, 1)
             for queries in _slices(length, rows):
                 for some in _slices(heads, heads_at_once):
                     shape = (count, some.stop - some.start, queries.stop - queries.start, tokens)
