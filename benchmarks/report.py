@@ -19,7 +19,7 @@ from benchmarks.measuring import Timing
 from benchmarks.memory import Peak
 from vit_probe.files import write_bytes
 
-__all__ = ["Row", "header", "make_row", "read_other_cases", "write_tables"]
+__all__ = ["Row", "header", "make_row", "read_other_cases", "side_by_side", "write_tables"]
 
 _PACKAGES = ("vit-probe", "torch", "timm", "transformers", "numpy")
 
@@ -104,12 +104,25 @@ def write_tables(stem: Path, about: Mapping[str, str], titles: Mapping[str, str]
     frame = pd.DataFrame([asdict(row) for row in rows], columns=columns).round(4)
     csv = write_bytes(_csv(stem), frame.to_csv(index=False).encode())
     parts = ["# Attention measured, side by side", "\n".join(f"- {name}: {value}" for name, value in about.items()), _LEGEND]
+    parts += ["## All cases: CPU time and memory, ratios", side_by_side(rows)]
     for case in dict.fromkeys(row.case for row in rows):
         of_case = [row for row in rows if row.case == case]
         repeats = max(row.repeats for row in of_case)
         parts += [f"## {case}", f"{titles.get(case, case)}; {repeats} repeats", _table(of_case)]
     markdown = write_bytes(stem.with_name(f"{stem.name}.md"), "\n\n".join(parts).encode() + b"\n")
     return [csv, markdown]
+
+
+def side_by_side(rows: Iterable[Row]) -> str:
+    """A line for each method and a column for each case, in Markdown: median ratio of CPU time, and ratio of memory."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        ratios = ["-" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in (row.cpu_ratio, row.memory_ratio)]
+        cells.setdefault(row.method, {})[row.case] = ", ".join(ratios)
+    cases = list(dict.fromkeys(case for of_method in cells.values() for case in of_method))
+    lines = [["method", *cases], ["---", *("---:" for _ in cases)]]
+    lines += [[method, *(of_method.get(case, "") for case in cases)] for method, of_method in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 _LEGEND = (

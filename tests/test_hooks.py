@@ -171,6 +171,26 @@ def test_every_observer_sees_every_tile() -> None:
     close(first.attention(), second.attention(), 0)
 
 
+def test_only_the_last_observer_may_write_to_a_tile() -> None:
+    class Spoils(Assemble):
+        wants_scores = True
+
+        def update(self, tile: AttentionTile) -> None:
+            super().update(tile)
+            assert tile.disposable
+            tile.probabilities.fill_(torch.nan)
+            tile.scores.fill_(torch.nan)
+
+    model, first, last = small_vit(), Assemble(), Spoils()
+    with torch.no_grad():
+        plain = model(images())
+        with attention_hooks(model, first, last, tile_bytes=500):
+            output = model(images())
+    assert not any(tile.disposable for tile in first.tiles)
+    close(first.attention(), last.attention(), 0)
+    close(output, plain, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("tokens", "numbers", "shape"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vit_probe.checkpoints
+from benchmarks.report import read_other_cases, side_by_side
 from tests.checkpoints.parity import randomize
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -64,3 +65,11 @@ def test_the_other_scripts(what: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     exec(script, {})
     assert bool(list(tmp_path.glob("*.png"))) is (what == "demo")
+
+
+def test_what_it_costs_is_what_was_measured() -> None:
+    newest = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("cpu-????-??-??.csv"))
+    rows = read_other_cases(newest.with_suffix(""), [])
+    assert side_by_side(rows) in README
+    assert newest.with_suffix(".md").name in README
+    assert f"{max(row.repeats for row in rows)} repeats" in README

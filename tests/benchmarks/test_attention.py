@@ -13,10 +13,11 @@ import torch
 
 from benchmarks import attention, formulas, memory
 from benchmarks.cases import CASES, Case, quick
-from benchmarks.measuring import check_agreement
+from benchmarks.measuring import Timing, check_agreement
 from benchmarks.memory import Peak, available_bytes, peak_in_fresh_process
 from benchmarks.methods import METHODS, with_floors
 from benchmarks.models import Setting
+from benchmarks.report import make_row, side_by_side
 from vit_probe import InputError
 from vit_probe.geometry import TokenGrid
 
@@ -53,6 +54,8 @@ def test_every_method_of_every_case_is_in_the_tables(tmp_path: Path) -> None:
         (case, name) for case in ("tiny-16", "tiny-36") for name in METHODS
     ]
     assert (frame["repeats"] == 2).all()
+    (markdown,) = tmp_path.glob("*.md")
+    assert markdown.read_text(encoding="utf-8").count("; 2 repeats") == 2
     ratios = frame[[column for column in frame if "ratio" in column]]
     assert (ratios > 0).all(axis=None)
     assert (frame["cpu_ratio_low"] <= frame["cpu_ratio"]).all()
@@ -66,7 +69,23 @@ def test_every_method_of_every_case_is_in_the_tables(tmp_path: Path) -> None:
     assert "## tiny-16" in text
     assert "2 layers, 2 heads, width 32; 36 patches" in text
     assert f"torch {torch.__version__}" in text
-    assert text.count("| transformers-keras |") == 2
+    assert text.count("| transformers-keras |") == 3  # all cases side by side, and each
+
+
+def test_all_cases_side_by_side() -> None:
+    first, second = tiny(4), replace(tiny(6), name="larger")
+    times = Timing(cpu=np.array([1.5, 1.25, 9.0]), wall=np.ones(3))
+    rows = [
+        make_row(first, "a", "a", None, None, None, "does not fit"),
+        make_row(first, "b", "a", times, Peak(3_000_000), Peak(2_000_000)),
+        make_row(second, "b", "a", replace(times, cpu=times.cpu + 1), Peak(None, "no memory"), Peak(2_000_000)),
+    ]
+    assert side_by_side(rows).splitlines() == [
+        "| method | tiny-16 | larger |",
+        "| --- | ---: | ---: |",
+        "| a | -, - |  |",
+        "| b | 1.50, 1.50 | 2.50, - |",
+    ]
 
 
 @pytest.mark.usefixtures("no_processes")

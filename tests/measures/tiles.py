@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,16 +48,23 @@ def feed(
     images: int = 100,
     rows: int = 1000,
     heads: int = 100,
+    disposable: bool = False,
     dtype: Any = torch.float32,
 ) -> Any:
-    """Shows `measure` the attention in batches, in tiles of so many images, queries and heads, and spoils each tile after."""
+    """Shows `measure` the attention in batches, in tiles of so many images, queries and heads, and spoils each tile after.
+
+    Before that it sees to it that a measure writes to disposable tiles only.
+    """
     layers, total = attention.shape[:2]
     for first in range(0, total, batch_size):
         batch = torch.tensor(attention[:, first : first + batch_size], dtype=dtype)
         for layer in range(layers):
             for tile in tiles_of(batch[layer], layer, images, rows, heads):
-                measure.update(tile)
-                for memory in (tile.probabilities, tile.scores):
+                held = [memory for memory in (tile.probabilities, tile.scores) if memory is not None]
+                before = [memory.clone() for memory in held]
+                measure.update(replace(tile, disposable=disposable))
+                assert disposable or all(map(torch.equal, held, before))
+                for memory in held:
                     memory.fill_(torch.nan)
     return measure
 
@@ -92,7 +100,13 @@ def merged_shards(make: Callable[[], Any], attention: np.ndarray, order: list[in
 
 
 tilings = st.fixed_dictionaries(
-    {"batch_size": st.integers(1, 4), "images": st.integers(1, 4), "rows": st.integers(1, 20), "heads": st.integers(1, 3)}
+    {
+        "batch_size": st.integers(1, 4),
+        "images": st.integers(1, 4),
+        "rows": st.integers(1, 20),
+        "heads": st.integers(1, 3),
+        "disposable": st.booleans(),
+    }
 )
 
 
