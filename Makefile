@@ -25,13 +25,17 @@ check: .venv/installed-test
 bench: .venv/installed-test
 	$(BIN)/python -m benchmarks.attention
 
-# The gallery in figures/: the bundled model on the sample photographs; DINOv2 on IMAGES, and its rollout on the sample photographs.
+# The gallery in figures/: the bundled model on the sample photographs, the studies, and their part of the gallery's page; DINOv2 on
+# IMAGES, and its rollout on the sample photographs.
 figures: .venv/installed
 	$(BIN)/vit-probe figures --out figures/demo --format png --format pdf
 	$(BIN)/vit-probe rollout --out figures/demo --limit 6 --count 6 --format png --format pdf
+	$(BIN)/python -m analyses.gallery
 ifneq ($(DINOV2),)
 	$(BIN)/vit-probe figures --model $(DINOV2) $(addprefix --images ,$(IMAGES)) --out figures/dinov2-small --format png --format pdf
 	$(BIN)/vit-probe rollout --model $(DINOV2) --out figures/dinov2-small --kind heatmap --limit 6 --count 6 --format png --format pdf
+	$(BIN)/python -m analyses.token_norms --model $(DINOV2) $(addprefix --images ,$(IMAGES)) --out figures/dinov2-small --format png --format pdf
+	$(BIN)/python -m analyses.rollout --model $(DINOV2) --out figures/dinov2-small/class_attention --limit 6 --format png --format pdf
 endif
 
 # Not OUT: it may hold a training.

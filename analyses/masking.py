@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_probe import VisionTransformer, ViTConfig
+from vit_probe.config import as_pair
 from vit_probe.layers import Block
+from vit_probe.positions import sincos_position_embedding
 
 __all__ = ["Choice", "Reconstruction", "seen_patches"]
 
@@ -57,11 +59,14 @@ class Reconstruction(nn.Module):
     """Predicts the pixels of hidden patches from the tokens of the seen ones, knowing where each hidden one lies.
 
     Only the tokens themselves tell where a seen patch lies, and hidden patches are asked for by the model's own position
-    embeddings: to find what lies beside a hidden patch, the positions must come to say what lies beside what.
+    embeddings: to find what lies beside a hidden patch, the positions must come to say what lies beside what. Of a model
+    without any they are asked for by a sine-cosine table that this task alone knows.
 
     References:
         He et al. 2022, arXiv:2111.06377 (MAE); Liang et al. 2022, arXiv:2205.14540 (with labels, SupMAE).
     """
+
+    places: Tensor
 
     def __init__(self, model: VisionTransformer, *, width: int = 96, depth: int = 1, heads: int = 3) -> None:
         super().__init__()
@@ -69,7 +74,10 @@ class Reconstruction(nn.Module):
         self.patch_size = height, length = model.config.patch_stride
         self.prefix = model.config.num_prefix_tokens
         self.from_token = nn.Linear(model.config.embed_dim, width)
-        self.from_position = nn.Linear(model.config.embed_dim, width)
+        grid = model.config.grid_size(*as_pair(model.config.image_size, "image_size"))
+        places = sincos_position_embedding(grid, width)[0] if model.position_table() is None else None
+        self.register_buffer("places", places, persistent=False)
+        self.from_position = nn.Linear(model.config.embed_dim if places is None else width, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_pixels = nn.Linear(width, height * length * model.config.in_channels)
@@ -78,7 +86,7 @@ class Reconstruction(nn.Module):
         self,
         images: Float[Tensor, "batch channel height width"],
         tokens: Float[Tensor, "batch token dim"],
-        positions: Float[Tensor, "patch dim"],
+        positions: Float[Tensor, "patch dim"] | None,
         choice: Choice,
     ) -> Float[Tensor, ""]:
         """Mean squared error of the pixels of the hidden patches.
@@ -86,10 +94,10 @@ class Reconstruction(nn.Module):
         Args:
             images: What the model was given.
             tokens: What `forward_features` returned.
-            positions: The position embedding of every patch.
+            positions: The position embedding of every patch; None of a model without any.
             choice: Which patches the tokens are of.
         """
-        asked = self.from_position(positions[choice.hidden])
+        asked = self.from_position((self.places if positions is None else positions)[choice.hidden])
         x = torch.cat([self.from_token(tokens[:, self.prefix :]), asked], dim=1)
         for block in self.blocks:
             x = block(x)

@@ -21,7 +21,8 @@ from torch import nn
 
 from analyses.small_images import read_data
 from analyses.training import Recipe, accuracy, fit
-from vit_probe import Preprocessing, VisionTransformer, ViTConfig
+from vit_probe import InputError, Preprocessing, VisionTransformer, ViTConfig
+from vit_probe.config import ResNetConfig
 from vit_probe.files import writable_folder
 from vit_probe.terminal import run
 
@@ -45,11 +46,24 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
             nn.init.xavier_uniform_(matrix)
         if layer < model.config.depth / 3:
             key.copy_(query.mul_(LOCALITY))
-    if isinstance(model.pos_embed, nn.Parameter) and model.pos_embed.requires_grad:
-        nn.init.normal_(model.pos_embed, std=model.config.embed_dim**-0.5)
+    for name, parameter in model.named_parameters():
+        if name.startswith("pos_embed") and parameter.requires_grad:
+            nn.init.normal_(parameter, std=model.config.embed_dim**-0.5)
     stem: Any = model.patch_embed
     stem.proj.weight.mul_(FILTERS)
     return model
+
+
+def small_resnet(patch_size: int) -> ResNetConfig:
+    """The smallest ResNet of the papers' kind whose map has a cell for each patch: one unit a stage, 32 channels at its root.
+
+    Raises:
+        InputError: If such maps have cells of other sizes only.
+    """
+    resnet = ResNetConfig((1,) * (patch_size // 4).bit_length(), width=32)
+    if resnet.stride != patch_size:
+        raise InputError(f"a hybrid has patches of 4, 8, 16, ... pixels, got {patch_size}; choose another --patch-size")
+    return resnet
 
 
 @app.command()
@@ -64,6 +78,10 @@ def main(
     position: Annotated[
         Literal["none", "learned_1d", "learned_2d", "sincos_2d"], typer.Option(help="Position embedding.")
     ] = "learned_1d",
+    stem: Annotated[
+        Literal["patches", "hybrid"],
+        typer.Option(help="Tokens from patches of pixels, or from the cells of a small ResNet's map."),
+    ] = "patches",
     drop_path: Annotated[float, typer.Option(help="Rate of stochastic depth in the last layer.")] = 0.05,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Changes the recipe; may be repeated.")
@@ -71,8 +89,16 @@ def main(
 ) -> None:
     """Trains the model that comes with the package."""
     recipe = Recipe().changed(settings or [])
+    resnet = small_resnet(patch_size) if stem == "hybrid" else None
     config = ViTConfig(
-        image_size, patch_size, embed_dim=width, depth=depth, num_heads=heads, position=position, drop_path=drop_path
+        image_size,
+        1 if resnet else patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        position=position,
+        drop_path=drop_path,
+        stem=resnet,
     )
     writable_folder(out)
     train, val = read_data(data, image_size)

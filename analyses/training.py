@@ -109,7 +109,7 @@ def fit(model: VisionTransformer, train: Split, val: Split, recipe: Recipe, out:
         model, avg_fn=lambda mean, new, count: mean.lerp(new, 1 - min(recipe.averaging, (1 + count) / (10 + count)))
     )
     second_task = None
-    if recipe.reconstruction and recipe.kept_patches < 1 and recipe.full_epochs < recipe.epochs and model.position_table():
+    if recipe.reconstruction and recipe.kept_patches < 1 and recipe.full_epochs < recipe.epochs:
         second_task = Reconstruction(model).to(device)
     optimizers = _new_optimizers(model, recipe, second_task)
     averaged: VisionTransformer = average.module  # type: ignore[assignment]
@@ -194,8 +194,8 @@ def _train_epoch(
                 tokens = model.forward_features(images)
                 logits = model.forward_head(tokens).float()
                 table = model.position_table()
-                if second_task and table and choice.hidden.shape[1]:
-                    hidden = second_task(images, tokens, table[0], choice)
+                if second_task and choice.hidden.shape[1]:
+                    hidden = second_task(images, tokens, table[0] if table else None, choice)
             loss = share * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             loss = loss + (1 - share) * F.cross_entropy(logits, labels[partner], label_smoothing=recipe.label_smoothing)
             if not loss.isfinite():

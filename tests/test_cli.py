@@ -18,6 +18,7 @@ from tests.models import classifier, transformers_vit
 from vit_probe import (
     VisionTransformer,
     ViTConfig,
+    attention_entropy,
     attention_rollout,
     cli,
     load_model,
@@ -86,6 +87,7 @@ def test_figures(
     [
         (["distance", "--spread", "--prefix", "drop"], ["attention_distance"]),
         (["distance", "--sorted-layer", "0", "--sorted-layer", "2"], ["attention_distance", "attention_distance_sorted"]),
+        (["entropy", "--spread"], ["attention_entropy"]),
         (["rollout", "--head-fusion", "max", "--discard-ratio", "0.5", "--kind", "heatmap", "--count", "2"], ["rollout"]),
     ],
 )
@@ -109,11 +111,36 @@ def test_one_analysis_of_images(
     seen = [photographs / "0.png", photographs / "3.png"]
     if arguments[0] == "rollout":
         expected: Result = attention_rollout(load_model(checkpoint), seen, head_fusion="max", discard_ratio=0.5)
+    elif arguments[0] == "entropy":
+        expected = attention_entropy(load_model(checkpoint), seen)
     else:
         prefix: Any = "drop" if "drop" in arguments else "renormalize"
         expected = mean_attention_distance(load_model(checkpoint), seen, prefix=prefix)
     assert result.provenance == expected.provenance
     pd.testing.assert_frame_equal(result.to_dataframe(), expected.to_dataframe())
+
+
+@pytest.mark.parametrize("prefix", ["renormalize", "drop"])
+def test_entropy_has_the_distances_of_the_same_pass(
+    prefix: Any,
+    checkpoint: Path,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["entropy", "--model", checkpoint, "--images", photographs, "--out", tmp_path, "--prefix", prefix]
+    code, printed, err = run(capsys, monkeypatch, *arguments)
+    assert code == 0, err
+    assert "mean entropy (nats)" in printed
+    table = pd.read_csv(tmp_path / "attention_entropy.csv")
+    model = load_model(checkpoint)
+    distance = mean_attention_distance(model, photographs, prefix=prefix).to_dataframe()
+    entropy = attention_entropy(model, photographs).to_dataframe()
+    names = {"std": "_std", "confidence": "_confidence"}
+    for what, frame in (("distance", distance), ("entropy", entropy)):
+        expected = frame.rename(columns={name: what + ending for name, ending in names.items()})
+        pd.testing.assert_frame_equal(table[list(expected)], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +171,7 @@ def test_sample_photographs_without_images(
     assert load_result(tmp_path / "rollout.safetensors").provenance["images"]["count"] == 4
 
 
-@pytest.mark.parametrize("command", ["figures", "distance", "filters", "positions", "rollout"])
+@pytest.mark.parametrize("command", ["figures", "distance", "entropy", "filters", "positions", "rollout"])
 def test_without_a_model_the_bundled_one_is_taken(
     command: str, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,20 +1,23 @@
-"""Look inside Vision Transformers: attention distance, entropy and rollout, embedding filters and position similarity."""
+"""Look inside Vision Transformers: where heads look, what their filters and positions are, what their tokens hold."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vit_probe.checkpoints import load_model, save_model
-    from vit_probe.config import ResNetConfig, ViTConfig
+    from vit_probe.config import ViTConfig
     from vit_probe.errors import InputError
     from vit_probe.geometry import TokenGrid
     from vit_probe.hooks import attention_hooks
     from vit_probe.images import Preprocessing, sample_photographs
     from vit_probe.measures.attention_distance import mean_attention_distance
     from vit_probe.measures.attention_entropy import attention_entropy
+    from vit_probe.measures.class_attention import class_attention
     from vit_probe.measures.patch_filters import patch_filters
     from vit_probe.measures.position_similarity import position_similarity
+    from vit_probe.measures.representation_similarity import representation_similarity
     from vit_probe.measures.rollout import attention_rollout
+    from vit_probe.measures.token_norms import token_norms
     from vit_probe.positions import resize_position_embedding
     from vit_probe.results import load_result
     from vit_probe.tiles import AttentionTile
@@ -24,26 +27,28 @@ __all__ = [
     "AttentionTile",
     "InputError",
     "Preprocessing",
-    "ResNetConfig",
     "TokenGrid",
     "ViTConfig",
     "VisionTransformer",
     "attention_entropy",
     "attention_hooks",
     "attention_rollout",
+    "class_attention",
     "load_model",
     "load_result",
     "mean_attention_distance",
     "patch_filters",
     "position_similarity",
+    "representation_similarity",
     "resize_position_embedding",
     "sample_photographs",
     "save_model",
+    "token_norms",
 ]
 
 _MODULES = {
     "checkpoints": ("load_model", "save_model"),
-    "config": ("ResNetConfig", "ViTConfig"),
+    "config": ("ViTConfig",),
     "errors": ("InputError",),
     "geometry": ("TokenGrid",),
     "hooks": ("attention_hooks",),
@@ -51,9 +56,12 @@ _MODULES = {
     "measures": (
         "attention_entropy",
         "attention_rollout",
+        "class_attention",
         "mean_attention_distance",
         "patch_filters",
         "position_similarity",
+        "representation_similarity",
+        "token_norms",
     ),
     "positions": ("resize_position_embedding",),
     "results": ("load_result",),

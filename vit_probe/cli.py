@@ -62,31 +62,22 @@ def figures(
     """All four analyses in one pass, and the three-panel sheet of the ViT paper's figure 7."""
     processes: Processes = context.obj
     with processes.together():
-        folder, formats, photographs = steps.prepare(images, paths, out, limit, format)
-        loaded = steps.load(model)
+        folder, formats, run = steps.open_run(
+            processes, model, images, paths, out, limit, format, batch_size, device, on_error, shows_images=True
+        )
         from vit_probe.measures import patch_filters, position_similarity
         from vit_probe.measures.attention_distance import AttentionDistance
-        from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
+        from vit_probe.measures.rollout import AttentionRollout
         from vit_probe.output import write_analysis, write_figure7, write_run
-        from vit_probe.run import AttentionRun
 
-        run = AttentionRun(
-            loaded,
-            photographs,
-            batch_size=batch_size,
-            device=device,
-            on_error=on_error,
-            processes=processes,
-            keep_images=SHOWN_IMAGES,
-        )
         distance = AttentionDistance(run.grid, windows=run.windows)
         rollout = steps.if_possible("rollout is", lambda: AttentionRollout(run.grid, windows=run.windows), say=processes.first)
     with steps.observed(run, folder, resume, *(measure for measure in (distance, rollout) if measure is not None)):
         if not processes.first:
             return
         far = distance.compute(run.provenance(distance.options))
-        filters = steps.if_possible("patch filters are", lambda: patch_filters(loaded))
-        positions = steps.if_possible("position similarity is", lambda: position_similarity(loaded))
+        filters = steps.if_possible("patch filters are", lambda: patch_filters(run.model))
+        positions = steps.if_possible("position similarity is", lambda: position_similarity(run.model))
         files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
         options = distance.options | {"limit": limit, "batch_size": batch_size}
         if filters is not None:
@@ -124,14 +115,11 @@ def distance(
     """Mean attention distance of every head, in pixels, against depth."""
     processes: Processes = context.obj
     with processes.together():
-        folder, formats, photographs = steps.prepare(images, paths, out, limit, format)
-        loaded = steps.load(model)
+        folder, formats, run = steps.open_run(processes, model, images, paths, out, limit, format, batch_size, device, on_error)
         from vit_probe.measures.attention_distance import AttentionDistance
         from vit_probe.output import root_figure, write_analysis
         from vit_probe.plots import plot_sorted_heads, save_figure
-        from vit_probe.run import AttentionRun
 
-        run = AttentionRun(loaded, photographs, batch_size=batch_size, device=device, on_error=on_error, processes=processes)
         if wrong := [layer for layer in layers or () if not 0 <= layer < len(run.layers)]:
             raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
         measure = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
@@ -143,6 +131,42 @@ def distance(
         if layers:
             axes = plot_sorted_heads(result.to_dataframe(), layers=layers)
             files += save_figure(root_figure(axes), folder / "attention_distance_sorted", formats)
+        terminal.report(files, result.summary())
+
+
+@app.command()
+def entropy(
+    context: typer.Context,
+    paths: MorePaths = None,
+    model: Model = "demo",
+    images: ImagePaths = None,
+    out: Out = _OUT,
+    limit: Limit = 128,
+    batch_size: BatchSize = 16,
+    format: Formats = None,
+    device: Device = "auto",
+    on_error: OnError = "stop",
+    resume: Resume = False,
+    prefix: Prefix = "renormalize",
+    spread: Spread = False,
+) -> None:
+    """Entropy of every head's attention, in nats, against depth; the table has its distance and masses too."""
+    processes: Processes = context.obj
+    with processes.together():
+        folder, formats, run = steps.open_run(processes, model, images, paths, out, limit, format, batch_size, device, on_error)
+        from vit_probe.measures.attention_distance import AttentionDistance
+        from vit_probe.measures.attention_entropy import AttentionEntropy
+        from vit_probe.measures.head_table import head_table
+        from vit_probe.output import write_analysis
+
+        far = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
+        broad = AttentionEntropy(run.grid, windows=run.windows)
+    with steps.observed(run, folder, resume, far, broad):
+        if not processes.first:
+            return
+        result = broad.compute(run.provenance(broad.options))
+        table = head_table(far.compute(run.provenance(far.options)), result)
+        files = write_analysis(result, result.plot(spread=spread), folder, "attention_entropy", formats, table=table)
         terminal.report(files, result.summary())
 
 
@@ -203,22 +227,13 @@ def rollout(
     with processes.together():
         from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
         from vit_probe.output import write_analysis
-        from vit_probe.run import AttentionRun
 
         if not 0 <= discard_ratio < 1:
             raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
         if count > SHOWN_IMAGES:
             raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
-        folder, formats, photographs = steps.prepare(images, paths, out, limit, format)
-        loaded = steps.load(model)
-        run = AttentionRun(
-            loaded,
-            photographs,
-            batch_size=batch_size,
-            device=device,
-            on_error=on_error,
-            processes=processes,
-            keep_images=SHOWN_IMAGES,
+        folder, formats, run = steps.open_run(
+            processes, model, images, paths, out, limit, format, batch_size, device, on_error, shows_images=True
         )
         measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
     with steps.observed(run, folder, resume, measure):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,16 +20,23 @@ from vit_probe.results import Result
 __all__ = ["root_figure", "write_analysis", "write_figure7", "write_run"]
 
 
-def write_analysis(result: Result, axes: Axes, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
-    """Writes `name.png` (and other formats), `name.csv` and `name.safetensors`, the result with its provenance."""
-    if isinstance(result, PositionSimilarityResult):  # all pairs of a large grid are millions of rows: those of the picture
+def write_analysis(
+    result: Result, axes: Axes, folder: Path, name: str, formats: Sequence[str], *, table: pd.DataFrame | None = None
+) -> list[Path]:
+    """Writes `name.png` (and other formats), `name.csv` and `name.safetensors`, the result with its provenance.
+
+    The CSV holds the result's own table, or the one that is given in its place.
+    """
+    if table is not None:
+        frame = table
+    elif isinstance(result, PositionSimilarityResult):  # all pairs of a large grid are millions of rows: those of the picture
         frame = result.to_dataframe(*(shown_patches(size).tolist() for size in result.similarity.shape[:2]))
     else:
         frame = result.to_dataframe()
-    table = frame.to_csv(index=False, float_format="%.8g").encode()
+    numbers = frame.to_csv(index=False, float_format="%.8g").encode()
     return [
         *save_figure(root_figure(axes), folder / name, formats),
-        write_bytes(folder / f"{name}.csv", table),
+        write_bytes(folder / f"{name}.csv", numbers),
         result.save(folder / f"{name}.safetensors"),
     ]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.geometry import TokenGrid, first_parameter
+from vit_probe.hidden import TokenObserver, token_hooks
 from vit_probe.hooks import attention_hooks
 from vit_probe.images import Preprocessing
 from vit_probe.measure import Measure, PerImage
@@ -78,6 +79,7 @@ class AttentionRun:
         )
         with self._on_device():
             found = survey(model, *self.images.image_size, grid=grid)
+        self._found = found
         self._at_once: int | None = None  # images that memory holds, where it does not hold a batch
         self.grid, self.windows, self.layers, self.skipped = found.grid, found.windows, found.layers, found.skipped
 
@@ -90,9 +92,11 @@ class AttentionRun:
     ) -> None:
         """Shows `measures` the attention of every layer on every image; `progress` is told the images of each batch.
 
-        Each forward pass ends after the last layer's attention. A batch that memory does not hold is halved, and so are those
-        after it. Each of several processes shows its share of the images; then `measures` and `images` of the first have those
-        of all, in the order of the whole list, and the others go on as soon as it has them.
+        Measures with `update_tokens` (see `vit_probe.hidden.TokenObserver`) are shown the patch tokens that each block passes
+        on, in the same forward pass. It ends after the last layer's attention, or after the last block where there are such
+        measures. A batch that memory does not hold is halved, and so are those after it. Each of several processes shows its
+        share of the images; then `measures` and `images` of the first have those of all, in the order of the whole list, and
+        the others go on as soon as it has them.
 
         Args:
             measures: Observers for `attention_hooks`; with `state` or in several processes, measures of this package, and in
@@ -103,8 +107,8 @@ class AttentionRun:
             every: Batches after which the state is written.
 
         Raises:
-            InputError: If a measure cannot use the attention, the images are not as they were announced, or the state is of
-                another run.
+            InputError: If a measure cannot use the attention, the images are not as they were announced, the blocks of the
+                model do not show their tokens, or the state is of another run.
             ProcessGone: If another process has ended. What this one has done is in `state`, where that was given.
         """
         several = self.processes.count > 1
@@ -130,8 +134,14 @@ class AttentionRun:
             if progress is not None:
                 progress(len(found.images["names"]))
         dtype = first_parameter(self.model).dtype
-        with self._on_device(), evaluated(self.model), attention_hooks(self.model, *measures) as hooks:
-            hooks.stop_after = len(self.layers) - 1
+        of_tokens = [measure for measure in measures if isinstance(measure, TokenObserver)]
+        with (
+            self._on_device(),
+            evaluated(self.model),
+            attention_hooks(self.model, *measures) as hooks,
+            token_hooks(self.model, self._found, of_tokens),
+        ):
+            hooks.stop_after = None if of_tokens else len(self.layers) - 1
             for number, batch in enumerate(self.images, start=1):
                 self._show(batch.to(self.device, dtype), measures)
                 if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vit_probe import terminal
 from vit_probe.errors import InputError
@@ -14,10 +14,11 @@ from vit_probe.options import Format
 if TYPE_CHECKING:
     from torch import nn
 
+    from vit_probe.processes import Processes
     from vit_probe.run import AttentionRun
     from vit_probe.tiles import AttentionObserver
 
-__all__ = ["if_possible", "load", "observed", "prepare"]
+__all__ = ["if_possible", "load", "observed", "open_run", "prepare"]
 
 _Made = TypeVar("_Made")
 
@@ -46,6 +47,38 @@ def load(model: str) -> nn.Module:
     from vit_probe.checkpoints import load_model
 
     return load_model(model)
+
+
+def open_run(
+    processes: Processes,
+    model: str,
+    images: list[Path] | None,
+    more: list[Path] | None,
+    out: Path,
+    limit: int,
+    formats: Sequence[Format] | None,
+    batch_size: int,
+    device: str,
+    on_error: Literal["stop", "skip"],
+    *,
+    shows_images: bool = False,
+) -> tuple[Path, list[str], AttentionRun]:
+    """The output folder, the formats, and the pass of the photographs through the model, before anything is measured."""
+    folder, endings, photographs = prepare(images, more, out, limit, formats)
+    loaded = load(model)
+    from vit_probe.measures.rollout import SHOWN_IMAGES
+    from vit_probe.run import AttentionRun
+
+    run = AttentionRun(
+        loaded,
+        photographs,
+        batch_size=batch_size,
+        device=device,
+        on_error=on_error,
+        processes=processes,
+        keep_images=SHOWN_IMAGES if shows_images else 0,
+    )
+    return folder, endings, run
 
 
 def if_possible(what: str, make: Callable[[], _Made], say: bool = True) -> _Made | None:

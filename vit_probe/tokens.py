@@ -14,7 +14,7 @@ from vit_probe.geometry import TokenGrid, first_convolution, first_parameter
 from vit_probe.routing import evaluated
 from vit_probe.survey import Survey
 
-__all__ = ["block_path", "patch_tokens"]
+__all__ = ["as_sequence", "block_path", "first_tensor", "patch_tokens"]
 
 
 class _Reached(BaseException):
@@ -43,11 +43,11 @@ def patch_tokens(
     passed: list[Any] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        passed.append(_first_tensor((*args, *kwargs.values())))
+        passed.append(first_tensor((*args, *kwargs.values())))
         raise _Reached
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        passed.append(_first_tensor(output if isinstance(output, list | tuple) else (output,)))
+        passed.append(first_tensor(output if isinstance(output, list | tuple) else (output,)))
         raise _Reached
 
     if after_layers == 0:
@@ -61,7 +61,7 @@ def patch_tokens(
         handle.remove()
     windows = found.windows.get(layer)
     grid = windows.grid if windows else found.grid
-    return _as_sequence(passed[0] if passed else None, len(images), grid, found.layers[layer]), grid
+    return as_sequence(passed[0] if passed else None, len(images), grid, found.layers[layer]), grid
 
 
 def block_path(model: nn.Module, found: Survey, layer: int) -> str:
@@ -84,12 +84,23 @@ def block_path(model: nn.Module, found: Survey, layer: int) -> str:
     raise InputError(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
 
 
-def _first_tensor(values: Iterable[Any]) -> Tensor | None:
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first tensor of numbers that are not whole among what a module is given or returns; None if there is none."""
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
-def _as_sequence(tokens: Tensor | None, images: int, grid: TokenGrid, name: str) -> Float[Tensor, "image patch dim"]:
-    """The patches among what a block passes on, whichever way it lays out images, tokens and rows."""
+def as_sequence(tokens: Tensor | None, images: int, grid: TokenGrid, name: str) -> Float[Tensor, "image patch dim"]:
+    """The patches among what a block passes on, whichever way it lays out images, tokens and rows.
+
+    Args:
+        tokens: What the block passes on.
+        images: How many.
+        grid: Where the layer's tokens lie.
+        name: Path of the layer's module, for the message.
+
+    Raises:
+        InputError: If these are not the tokens of the grid.
+    """
     shape = None if tokens is None else tuple(tokens.shape)
     if tokens is not None and shape is not None:
         if shape[:3] == (images, grid.rows, grid.cols) and len(shape) == 4:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,3 +94,19 @@ def test_positions_and_tokens_learn_from_it(model: VisionTransformer) -> None:
     assert gradient is not None
     assert (gradient[0, 2:].abs().sum(1) > 0).all()
     assert model.patch_embed.proj.weight.grad.abs().max() > 0  # type: ignore[union-attr]
+
+
+def test_a_model_without_positions_is_asked_by_a_table_of_the_task_s_own() -> None:
+    """The table takes part in nothing that is trained or saved, and another hidden patch gets another answer."""
+    torch.manual_seed(0)
+    task = Reconstruction(VisionTransformer(replace(CONFIG, position="none")))
+    assert "places" not in task.state_dict()
+    assert not task.places.requires_grad
+    tokens = torch.rand(4, 3 + 2, 32)
+    errors = []
+    for patch in (2, 9):
+        choice = Choice(seen=torch.zeros(4, 3, dtype=torch.long), hidden=torch.full((4, 1), patch))
+        errors.append(task(torch.zeros(4, 3, 16, 24), tokens, None, choice))
+    assert errors[0] != errors[1]
+    errors[0].backward()
+    assert task.from_position.weight.grad is not None

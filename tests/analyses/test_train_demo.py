@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.train_demo import app
+from analyses.train_demo import app, initialise, small_resnet
 from tests.analyses.conftest import typed
-from vit_probe import load_model
+from vit_probe import VisionTransformer, ViTConfig, load_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "2", "--heads", "2", "--set", "batch_size=32"]
@@ -73,6 +73,37 @@ def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, 
     assert load_model(tmp_path / "model.safetensors").config.position == position
 
 
+@pytest.mark.parametrize("position", ["learned_1d", "none"])
+def test_a_hybrid(position: str, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens are cells of a ResNet's map, as many as the patches of the same size; the ResNet learns too."""
+    short = ["--set", "epochs=2", "--set", "warmup=0.5", "--set", "full_epochs=1", "--position", position]
+    assert typed(monkeypatch, app, sheets, *SMALL, *short, "--stem", "hybrid", "--out", tmp_path) == 0
+    model = load_model(tmp_path / "model.safetensors")
+    assert model.config.stem is not None
+    assert (model.config.patch_size, model.config.patch_stride) == ((1, 1), (4, 4))
+    assert model.token_grid(16, 16).num_patches == 16
+    before = load_model(tmp_path / "snapshots" / "epoch-000.safetensors")
+    for name, value in before.patch_embed.state_dict().items():
+        assert not torch.equal(value, model.patch_embed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("patch_size", "layers"), [(4, (1,)), (8, (1, 1)), (16, (1, 1, 1)), (32, (1, 1, 1, 1))])
+def test_the_map_of_the_small_resnet_has_a_cell_for_each_patch(patch_size: int, layers: tuple[int, ...]) -> None:
+    assert small_resnet(patch_size).layers == layers
+    assert small_resnet(patch_size).stride == patch_size
+
+
+def test_learned_positions_of_both_kinds_start_alike() -> None:
+    sizes = {}
+    for position in ("learned_1d", "learned_2d"):
+        torch.manual_seed(0)
+        config = ViTConfig(32, 4, embed_dim=64, depth=1, num_heads=2, position=position)  # type: ignore[arg-type]
+        table = initialise(VisionTransformer(config)).position_table()
+        assert table is not None
+        sizes[position] = table[0].detach().norm(dim=1).mean().item()
+    assert sizes == pytest.approx({"learned_1d": 1, "learned_2d": 1}, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +111,11 @@ def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, 
         (["DATA", "--set", "speed=9"], "--set speed=9: write NAME=VALUE"),
         (["DATA", "--heads", "7"], "embed_dim 144 is not divisible by num_heads 7"),
         (["DATA", "--image-size", "60"], "does not divide into patches of 8 x 8"),
+        (
+            ["DATA", "--stem", "hybrid", "--patch-size", "6", "--image-size", "48"],
+            "patches of 4, 8, 16, ... pixels, got 6; choose",
+        ),
+        (["DATA", "--stem", "hybrid", "--patch-size", "2"], "a hybrid has patches of 4, 8, 16, ... pixels, got 2"),
         (["DATA", "--position", "round"], "'round' is not one of 'none', 'learned_1d', 'learned_2d', 'sincos_2d'"),
     ],
 )

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
 from vit_probe.plots import plot_position_similarity
+from vit_probe.plots.position_similarity import plot_position_similarities
 
 
 def _similarity(rows: int, cols: int) -> NDArray[np.float64]:
@@ -149,3 +153,80 @@ def test_refuses_what_is_no_cosine(value: float) -> None:
 def test_refuses_a_single_tile() -> None:
     with pytest.raises(InputError, match="cannot show 1 tiles a side; give 2 or more"):
         plot_position_similarity(_similarity(3, 3), tiles=1)
+
+
+def _boxes(texts: Iterable[Text]) -> list[Bbox]:
+    return [text.get_window_extent() for text in texts if text.get_text()]
+
+
+def test_several_maps_side_by_side_share_one_bar() -> None:
+    maps = {"first": _similarity(4, 4), "second\n31.2 %": -_similarity(4, 4)}
+    figure = plot_position_similarities(maps)
+    assert [axes.get_title() for axes in figure.axes] == list(maps)
+    for axes, similarity in zip(figure.axes, maps.values(), strict=True):
+        picture = np.ma.asarray(axes.images[0].get_array())
+        np.testing.assert_array_equal(picture[5:9, 10:14], similarity[1, 2])
+        assert axes.images[0].get_clim() == (-1, 1)
+    assert [len(axes.child_axes) for axes in figure.axes] == [0, 1]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Input patch row", ""]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["Input patch column"] * 2
+    left, right = (axes.get_position() for axes in figure.axes)
+    assert left.x1 < right.x0
+    assert (left.width, left.height) == pytest.approx((right.width, right.height))
+
+
+def test_a_model_whose_positions_cannot_be_compared_has_a_panel_that_says_so() -> None:
+    figure = plot_position_similarities({"model": _similarity(4, 4), "none": None})
+    drawn, absent = figure.axes
+    assert not absent.images
+    assert absent.get_title() == "none"
+    assert [text.get_text() for text in absent.texts] == ["No positions\nto compare"]
+    assert len(drawn.child_axes) == 1  # the bar stands beside the last map that there is
+    five = plot_position_similarities({name: None if name == "2" else _similarity(8, 8) for name in "12345"})
+    assert [bool(axes.get_xlabel()) for axes in five.axes] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_texts_of_several_maps_are_apart_and_inside(count: int) -> None:
+    maps = {f"learned 1-D {index}\n31.2 % top-1": _similarity(8, 8) for index in range(count)}
+    if count == 8:
+        maps = {str(index): similarity for index, similarity in enumerate(maps.values())}
+    figure = plot_position_similarities(maps)
+    assert figure.bbox.width / figure.dpi <= 6.75
+    figure.draw_without_rendering()
+    (bar,) = figure.axes[-1].child_axes
+    boxes = _boxes([axes.title for axes in figure.axes]) + _boxes([axes.xaxis.label for axes in figure.axes])
+    boxes += _boxes([figure.axes[0].yaxis.label, bar.yaxis.label, *bar.get_yticklabels(), *figure.axes[0].get_yticklabels()])
+    boxes += [box for axes in figure.axes for box in _boxes(axes.get_xticklabels())]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    for box in boxes:
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert sum(bool(axes.get_xlabel()) for axes in figure.axes) == (1 if count > 2 else count)
+
+
+def test_maps_of_other_grids_have_their_own_numbers() -> None:
+    figure = plot_position_similarities({"square": _similarity(4, 4), "low": _similarity(2, 5)})
+    figure.draw_without_rendering()
+    assert [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes] == [list("1234"), list("12")]
+    assert all(axes.yaxis.get_major_ticks()[0].label1.get_visible() for axes in figure.axes)
+    numbers = _boxes(figure.axes[1].get_yticklabels())
+    assert not any(box.overlaps(figure.axes[0].get_window_extent()) for box in numbers)
+    alike = plot_position_similarities({"one": _similarity(4, 4), "other": _similarity(4, 4)})
+    assert not alike.axes[1].yaxis.get_major_ticks()[0].label1.get_visible()
+
+
+def test_several_maps_in_a_part_of_a_figure() -> None:
+    whole = Figure(figsize=(6, 5))
+    _, below = whole.subfigures(2, 1)
+    assert plot_position_similarities({"one": _similarity(3, 3), "other": _similarity(3, 3)}, figure=below) is below
+    assert len(below.axes) == 2
+    assert max(axes.get_window_extent().y1 for axes in below.axes) < whole.bbox.y1 / 2
+
+
+def test_several_maps_refuse_what_one_does() -> None:
+    for maps in ({}, {"none": None}):
+        with pytest.raises(InputError, match=f"no map of position similarities to draw among {len(maps)}; give at least one"):
+            plot_position_similarities(maps)
+    with pytest.raises(InputError, match=r"similarity ranges from .* to 7"):
+        plot_position_similarities({"good": _similarity(2, 2), "bad": np.full((2, 2, 2, 2), 7.0)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from vit_probe.measures.per_head import PerHead, head_frame, layer_summary
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["AttentionEntropy", "AttentionEntropyResult", "attention_entropy"]
 
@@ -70,6 +73,12 @@ class AttentionEntropyResult(Result):
             "self mass": layers["self_mass"].mean(),
         }
         return layer_summary(frame, columns)
+
+    def plot(self, *, ax: Axes | None = None, spread: bool = False) -> Axes:
+        """Entropy against depth, a dot a head; `spread` adds the standard deviation over images."""
+        from vit_probe.plots.attention_entropy import plot_attention_entropy
+
+        return plot_attention_entropy(self.to_dataframe(), ax=ax, spread=spread)
 
 
 def attention_entropy(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,9 @@ from torch import nn
 from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, Windows
 from vit_probe.images import Preprocessing
+from vit_probe.measures.image_maps import SHOWN_IMAGES, ImageMaps
 from vit_probe.measures.rollout_ways import Backwards, FusedMaps, HeadFusion, Product, RolloutWay, Way, cheapest_way
-from vit_probe.results import Result, check_finite
+from vit_probe.results import Result
 from vit_probe.run import AttentionRun
 from vit_probe.stream import Images
 from vit_probe.tiles import AttentionInputs, AttentionTile
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["SHOWN_IMAGES", "AttentionRollout", "AttentionRolloutResult", "HeadFusion", "attention_rollout"]
-
-SHOWN_IMAGES = 64
-"""Photographs that a result keeps beside its maps."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -124,7 +122,7 @@ def attention_rollout(
     return measure.compute(provenance, names=run.images.names, images=run.images.kept())
 
 
-class AttentionRollout:
+class AttentionRollout(ImageMaps):
     """The streaming measure behind `attention_rollout`; an observer for `attention_hooks`.
 
     Args:
@@ -137,6 +135,8 @@ class AttentionRollout:
         InputError: If an option is unknown, or there are such layers.
     """
 
+    what = "rollouts"
+
     def __init__(
         self,
         grid: TokenGrid,
@@ -145,6 +145,7 @@ class AttentionRollout:
         discard_ratio: float = 0.0,
         windows: Mapping[int, Windows] | None = None,
     ) -> None:
+        super().__init__(grid)
         if head_fusion not in get_args(HeadFusion):
             raise InputError(f"head_fusion must be one of {', '.join(get_args(HeadFusion))}; got {head_fusion!r}")
         if not 0 <= discard_ratio < 1:
@@ -154,10 +155,8 @@ class AttentionRollout:
                 f"rollout follows attention over all tokens from layer to layer, but {len(windows)} layers of this model (the "
                 f"first is layer {min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
             )
-        self.grid = grid
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio
-        self._maps: list[np.ndarray] = []
         self._depths: set[int] = set()  # layers of the batches so far; there must be but one number
         self._way: Way = "product"
         self._batch: RolloutWay = Product()  # the current one
@@ -165,7 +164,6 @@ class AttentionRollout:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its kind, for provenance."""
         return {"head_fusion": self.head_fusion, "discard_ratio": self.discard_ratio}
 
     def begin_layer(self, inputs: AttentionInputs) -> bool:
@@ -186,50 +184,30 @@ class AttentionRollout:
         if fused is not None:
             self._batch.add(tile.images, fused)
 
-    def begin_batch(self) -> None:
-        """Marks where `roll_back` goes back to."""
-        self._finish_batch()
-
-    def end_batch(self) -> None:
-        """Does what is left to do of the batch."""
-        self._finish_batch()
-
     def roll_back(self) -> None:
         """Forgets what came since `begin_batch`."""
         self._batch, self._fused = Product(), self._fuse()
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here: arrays, and what JSON can hold."""
-        self._finish_batch()
-        maps = np.concatenate(self._maps) if self._maps else np.zeros((0, self.grid.rows, self.grid.cols), dtype=np.float32)
-        return {"maps": maps, "depths": sorted(self._depths), "way": self._way}
+        return super().state() | {"depths": sorted(self._depths), "way": self._way}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state` was taken, of a measure with the same grid and options."""
-        self._maps = [state["maps"]] if len(state["maps"]) else []
+        super().restore(state)
         self._depths = set(state["depths"])
         self._way = state["way"]
 
-    def merge(self, other: AttentionRollout) -> None:
+    def merge(self, other: Self) -> None:
         """Appends the maps of `other`.
 
         Raises:
             InputError: If `other` has another grid or other options.
         """
-        mine, theirs = ((r.grid, r.head_fusion, r.discard_ratio) for r in (self, other))
-        if mine != theirs:
-            raise InputError(f"cannot merge rollouts of (grid, head_fusion, discard_ratio) {theirs} into {mine}")
-        for measure in (self, other):
-            measure._finish_batch()
-        if not self._maps:
-            self._way = other._way
-        self._maps += other._maps
+        super().merge(other)
         self._depths |= other._depths
-
-    def reorder(self, order: Sequence[int]) -> None:
-        """Puts the maps into another order: first that of the image which was the `order[0]`-th."""
-        self._finish_batch()
-        self._maps = [np.concatenate(self._maps)[list(order)]] if self._maps else []
+        if len(self._maps) == len(other._maps):  # it had none of its own
+            self._way = other._way
 
     def compute(
         self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None
@@ -242,10 +220,7 @@ class AttentionRollout:
         self._finish_batch()
         if len(self._depths) > 1:
             raise InputError(f"images went through different numbers of layers: {', '.join(map(str, sorted(self._depths)))}")
-        if not self._maps:
-            raise InputError("no attention has been measured yet")
-        maps = np.concatenate(self._maps)
-        check_finite(maps, "rollout maps")
+        maps = self._all()
         return AttentionRolloutResult(
             maps=maps,
             images=images,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import bar_axes, centres, inches_per_pixel, mosaic
-from vit_probe.plots.style import WIDTHS, drawing_axes
+from vit_probe.plots.mosaic import bar_axes, bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.panels import label_across, panel_row, title_inches
+from vit_probe.plots.style import WIDTHS, drawing_axes, style
 
-__all__ = ["TITLE", "plot_position_similarity", "shown_patches"]
+__all__ = ["TITLE", "plot_position_similarities", "plot_position_similarity", "shown_patches"]
 
 TITLE = "Position embedding similarity"
 _ALL_SHOWN = 14  # patches a side, up to which every one has its tile
@@ -25,6 +28,9 @@ _WIDE = 0.5  # height over width, below which a picture has the whole page
 _LONG_BAR = 1.25  # inches from which the label finds room between the bar's ticks
 _TALLEST = 8.0
 _TOLERANCE = 1e-3
+_LARGEST_PANEL = 2.2  # inches of one of several maps
+_TITLE_POINTS = 8  # of one of several maps
+_GAP, _GAP_WITH_NUMBERS = 0.12, 0.3  # inches between several maps, the latter where each has the numbers of its own rows
 
 
 def plot_position_similarity(
@@ -91,6 +97,56 @@ def plot_position_similarity(
             bar.set_label("Cosine similarity", labelpad=-7 if picture.shape[0] * scale > _LONG_BAR else 2)
             bar.outline.set_visible(False)
     return axes
+
+
+def plot_position_similarities(
+    maps: Mapping[str, NDArray[Any] | None], *, tiles: int | None = None, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
+    """Draw the maps of several models, or of one at several times, side by side with one colour bar.
+
+    Args:
+        maps: By title (which may have several lines), from left to right, each as for `plot_position_similarity`; None for a
+            model whose positions cannot be compared, whose panel then says so.
+        tiles: As for `plot_position_similarity`.
+        figure: Where to draw, a figure or a part of one; a new one of at most a page's width (6.75 inches) if None.
+
+    Returns:
+        The figure; its first axes are the panels, from left to right.
+
+    Raises:
+        InputError: If there is no map, or as `plot_position_similarity` does.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, figure 10.
+    """
+    shapes = {title: _checked(similarity).shape for title, similarity in maps.items() if similarity is not None}
+    if not shapes:
+        raise InputError(f"there is no map of position similarities to draw among {len(maps)}; give at least one, by title")
+    margins = (*_MARGINS[:3], title_inches(maps))
+    if figure is None:
+        left, bottom, right, top = margins
+        across = min((WIDTHS["icml-page"] - left - right) / len(maps), _LARGEST_PANEL)
+        down = min(across * max(rows / cols for rows, cols, *_ in shapes.values()), _TALLEST)
+        with style():
+            new = Figure(figsize=(across * len(maps) + left + right, max(down, _LABEL) + bottom + top))
+            return plot_position_similarities(maps, tiles=tiles, figure=new)
+    alike = len(set(shapes.values())) == 1
+    panels = panel_row(figure, len(maps), margins, gap=_GAP if alike else _GAP_WITH_NUMBERS)
+    drawn = [panel for panel, similarity in zip(panels, maps.values(), strict=True) if similarity is not None]
+    for panel, (title, similarity) in zip(panels, maps.items(), strict=True):
+        if similarity is None:
+            bare(panel)
+            panel.set(title=title, facecolor="#F3F3F3", box_aspect=1)
+            panel.text(0.5, 0.5, "No positions\nto compare", ha="center", va="center", transform=panel.transAxes)
+        else:
+            plot_position_similarity(similarity, tiles=tiles, title=title, colorbar=panel is drawn[-1], ax=panel)
+        panel.title.set_fontsize(_TITLE_POINTS)
+    for panel in drawn[1:]:
+        panel.set_ylabel("")
+        if alike:
+            panel.tick_params(labelleft=False)
+    label_across(drawn, drawn[0].get_xlabel())
+    return figure
 
 
 def _checked(similarity: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,0 +1,63 @@
+"""How far each head looks, layer by layer, beside how far the units of convolutional networks see.
+
+Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5, figures 7 (right) and 11: already in the lowest layers some heads look
+across most of the image, which convolutions do not (24 layers of 3 x 3: a receptive field of 49 pixels); others are local, and
+in the deeper layers none is. As published here: in the first third of the layers some head's mean distance is more than half of
+these 49 pixels, and some other's below half of uniform attention's; in the last third none's is. A head's distance is a mean,
+half a receptive field a limit. Dotted: the like of attention distance, the mean over what a unit of even kernels sees.
+
+    python -m analyses.attention_distance --model demo
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from analyses.study import Finding, keep
+from vit_probe import mean_attention_distance, steps
+from vit_probe.measures.receptive_field import ARCHITECTURES, plain_stack, receptive_field
+from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.plots.receptive_field import plot_attention_beside_convolutions
+from vit_probe.terminal import run
+
+NETWORKS = {"24 x conv 3 x 3": plain_stack(24)} | {name: ARCHITECTURES[name] for name in ("AlexNet", "VGG-16", "ResNet-50")}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Model = "demo", images: ImagePaths = None, out: Out = Path("figures"), limit: Limit = 128, format: Formats = None
+) -> None:
+    """How far each head looks, beside how far the units of convolutional networks see."""
+    folder, formats, photographs = steps.prepare(images, None, out, limit, format)
+    result = mean_attention_distance(steps.load(model), photographs)
+    heads = result.to_dataframe()
+    fields = pd.concat([receptive_field(layers, network=name).to_dataframe() for name, layers in NETWORKS.items()])
+    table = pd.concat([heads.assign(network=result.provenance["model"]["name"]), fields])
+    figure = plot_attention_beside_convolutions(heads, fields)
+    keep("attention_distance", figure, table, _finding(heads, fields), result.provenance, folder, formats)
+
+
+def _finding(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
+    depth = int(heads["layer"].max()) + 1
+    third, heads = math.ceil(depth / 3), heads.assign(local=heads["distance"] < heads["uniform_distance"] / 2)
+    early, late = heads[heads["layer"] < third], heads[heads["layer"] >= depth - third]
+    farthest, first = early["distance"].max(), heads.loc[heads["layer"] == 0, "distance"].max()
+    plain = fields[fields["network"] == next(iter(NETWORKS))].iloc[-1]
+    text = (
+        f"In the first {third} of {depth} layers the farthest head looks {farthest:.1f} px far on average, in layer 0 "
+        f"{first:.1f} px. 24 convolutions of 3 x 3 see {plain['receptive_field']} px: {plain['reach']:.0f} px to each side, "
+        f"{math.sqrt(2) * plain['reach']:.1f} px into the corners, {plain['mean_distance']:.1f} px on average if kernels are "
+        f"even. Of the heads of these {third} layers {early['local'].mean():.0%} are local (below half of uniform attention's "
+        f"{heads['uniform_distance'].max():.1f} px), of those of the last {third} {late['local'].mean():.0%}."
+    )
+    return Finding(text, holds=bool(farthest > plain["reach"] and early["local"].any() and not late["local"].any()))
+
+
+if __name__ == "__main__":
+    run(app)

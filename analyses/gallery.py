@@ -1,0 +1,82 @@
+"""Runs the studies, and writes what they found into the gallery's page, `figures/README.md`, between its two markers.
+
+python -m analyses.gallery
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vit_probe.errors import InputError
+from vit_probe.files import write_bytes
+from vit_probe.options import Format
+from vit_probe.terminal import run
+
+__all__ = ["STUDIES", "page", "section"]
+
+STUDIES = (
+    "attention_distance",
+    "patch_filters",
+    "position_similarity",
+    "rollout",
+    "hybrid",
+    "training_time",
+    "trained_vs_random",
+    "token_norms",
+    "representation_similarity",
+    "attention_entropy",
+)
+BEGIN, END = "<!-- studies -->", "<!-- /studies -->"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def section(name: str, folder: Path) -> str:
+    """A study in Markdown: its picture, what its module says of it, the weights, and its finding."""
+    kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    title, _, rest = (import_module(f"analyses.{name}").__doc__ or "").strip().partition("\n\n")
+    weights = ", ".join(dict.fromkeys(_weights(kept["provenance"])))
+    verdict = "As published" if kept["as_published"] else "Not as published"
+    heading = name.replace("_", " ").capitalize()
+    finding = f"**{verdict}.** {kept['finding']} Numbers: [{name}.csv]({name}.csv). Weights: {weights}."
+    return "\n\n".join([f"### {heading}", f"![{heading}]({name}.png)", " ".join(title.split()), rest.strip(), finding])
+
+
+def page(text: str, folder: Path) -> str:
+    """The gallery's page with the studies between the markers anew."""
+    before, _, rest = text.partition(BEGIN)
+    studies = "\n\n".join(section(name, folder) for name in STUDIES)
+    return f"{before}{BEGIN}\n\n{studies}\n\n{END}{rest.partition(END)[2]}"
+
+
+def _weights(provenance: Any) -> Iterator[str]:
+    """The models that a provenance names, at any depth, each with the beginning of its weights' hash."""
+    if isinstance(provenance, dict):
+        if "weights_sha256" in provenance:
+            yield f"`{provenance.get('name', 'model')}` ({provenance['weights_sha256'][:8]})"
+        for value in provenance.values():
+            yield from _weights(value)
+
+
+@app.command()
+def main(out: Annotated[Path, typer.Option(help="Folder of the gallery.")] = Path("figures")) -> None:
+    """Runs every study on the bundled model, and writes the gallery's page."""
+    readme = out / "README.md"
+    if not readme.is_file():
+        raise InputError(f"there is no {readme}; run this in the root of a clone, or name the folder of the gallery")
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise InputError(f"{readme} must have {BEGIN} and {END} once each; the studies are written between them")
+    for name in STUDIES:
+        import_module(f"analyses.{name}").main(out=out, format=[Format.png, Format.pdf])
+    write_bytes(readme, page(text, out).encode())
+
+
+if __name__ == "__main__":
+    run(app)

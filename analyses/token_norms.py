@@ -1,0 +1,63 @@
+"""How large the tokens are that pass from layer to layer, and whether some of them are artifacts.
+
+Darcet et al. 2024, Vision Transformers Need Registers, arXiv:2309.16588, figures 3 and 4. Expected: in large models that were
+trained for long, some 2 % of the patch tokens have norms far above the others', from the middle layers on; models smaller than
+ViT-L have none. As published here: the last layer has artifacts if the model has as many parameters as ViT-L, else none.
+
+    python -m analyses.token_norms --model demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from analyses.study import Finding, keep
+from vit_probe import steps, terminal
+from vit_probe.measures.token_norms import TokenNorms
+from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.run import AttentionRun
+
+LARGE = 3e8  # parameters; ViT-L has 304 million, ViT-B 86
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Model = "demo", images: ImagePaths = None, out: Out = Path("figures"), limit: Limit = 128, format: Formats = None
+) -> None:
+    """Draws how the norms of patch tokens are distributed in every layer, and finds the artifacts among them."""
+    folder, formats, photographs = steps.prepare(images, None, out, limit, format)
+    loaded = steps.load(model)
+    run = AttentionRun(loaded, photographs)
+    measure = TokenNorms(run.layers)
+    run.observe(measure)
+    result = measure.compute(run.provenance(measure.options))
+    layers = result.to_dataframe()
+    table = result.histogram().merge(layers.drop(columns=["module", "tokens"]), on="layer")
+    finding = found(layers, sum(parameter.numel() for parameter in loaded.parameters()))
+    keep("token_norms", result.plot(), table, finding, result.provenance, folder, formats)
+
+
+def found(layers: pd.DataFrame, parameters: int) -> Finding:
+    """Of the table of a model with so many parameters."""
+    last, some = layers.iloc[-1], layers[layers["artifacts"] > 0]
+    text = f"Of {len(layers)} layers of a model with {parameters / 1e6:.1f} million parameters, "
+    if some.empty:
+        text += f"none has artifacts; in the last, the highest norm is {last['highest'] / last['median']:.1f} times the median."
+    else:
+        most = some.iloc[int(some["artifacts"].to_numpy().argmax())]
+        text += (
+            f"{len(some)} have artifacts, the first of them layer {some['layer'].iloc[0]:.0f}; most are in layer "
+            f"{most['layer']:.0f}: {100 * most['artifacts']:.2g} % of the patch tokens, in {most['artifact_images']:.0%} of "
+            f"the images, with a norm of {most['artifact_norm']:.3g} where the others have {most['typical_norm']:.3g}. In the "
+            f"last layer {100 * last['artifacts']:.2g} % are artifacts."
+        )
+    return Finding(text, holds=bool(last["artifacts"] > 0) == (parameters >= LARGE))
+
+
+if __name__ == "__main__":
+    terminal.run(app)

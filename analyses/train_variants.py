@@ -1,0 +1,88 @@
+"""Trains the small models that the studies `position_similarity` and `hybrid` compare: alike but for what is compared.
+
+    python -m analyses.train_variants DATA --work out/variants
+
+Each is `train_demo`'s model made smaller and trained for less time, with the same recipe and seed as the others; without
+positions, the second task (see `masking.Reconstruction`) asks for patches by a table of its own, and a hybrid's ResNet sees
+part of the patches that are hidden from its layers. OUT receives the weights in float16, and `variants.csv` with their accuracy
+on `val` in float32 and the command that trains each alone; WORK receives what `train_demo` leaves. Stopped at any moment, the
+same command goes on. What follows `--` goes to `train_demo` as it is.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from analyses import train_demo
+from analyses.small_images import read_split
+from analyses.training import accuracy
+from vit_probe import InputError, load_model
+from vit_probe.files import writable_folder, write_bytes
+from vit_probe.terminal import run
+
+VARIANTS = {
+    "none": {"position": "none", "stem": "patches"},
+    "learned_1d": {"position": "learned_1d", "stem": "patches"},
+    "learned_2d": {"position": "learned_2d", "stem": "patches"},
+    "sincos_2d": {"position": "sincos_2d", "stem": "patches"},
+    "hybrid": {"position": "learned_1d", "stem": "hybrid"},
+}
+SMALL = "--width 64 --depth 6 --heads 4 --set epochs=4 --set warmup=0.5 --set full_epochs=0 --set batch_size=96"
+FOLDER = Path(__file__).parent / "variants"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def read_variants(folder: Path) -> pd.DataFrame:
+    """The table of the trained variants, by name.
+
+    Raises:
+        InputError: If there is none in the folder, or it lacks a variant.
+    """
+    if not (folder / "variants.csv").is_file():
+        raise InputError(f"there is no {folder}/variants.csv; `python -m analyses.train_variants DATA` makes it")
+    table = pd.read_csv(folder / "variants.csv", index_col="variant")
+    if absent := [name for name in VARIANTS if name not in table.index]:
+        raise InputError(f"{folder}/variants.csv lacks {', '.join(absent)}; the command that began it goes on")
+    return table
+
+
+@app.command()
+def main(
+    data: Annotated[Path, typer.Argument(help="Folder with `train` and `val`, as for `train_demo`.")],
+    more: Annotated[list[str] | None, typer.Argument(help="After `--`: further options of `train_demo`.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the weights and `variants.csv`.")] = FOLDER,
+    work: Annotated[Path, typer.Option(help="Folder for the states and logs of the trainings.")] = Path("out/variants"),
+    seed: Annotated[int, typer.Option(help="Seed of every training.")] = 0,
+) -> None:
+    """Trains the small models that the studies compare."""
+    writable_folder(out)
+    rows = []
+    for name, kind in VARIANTS.items():
+        chosen = ["--position", kind["position"], "--stem", kind["stem"]]
+        options = [*SMALL.split(), *chosen, "--set", f"seed={seed}", *(more or [])]
+        train_demo.app([str(data), *options, "--out", str(work / name)], standalone_mode=False)
+        shutil.copyfile(work / name / "model.safetensors", out / f"{name}.safetensors")
+        model: Any = load_model(out / f"{name}.safetensors")
+        log = pd.read_csv(work / name / "log.csv")
+        val = read_split(data / "val", model.config.image_size[0])
+        top1, top5 = accuracy(model, val)
+        rows.append(
+            dict(variant=name)
+            | kind
+            | dict(epochs=len(log), parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+            | dict(top1=top1, top5=top5, images=len(val.labels), seconds=round(log.seconds.sum()), seed=seed)
+            | dict(command=shlex.join(["python", "-m", "analyses.train_demo", "DATA", *options]))
+        )
+        table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6g")
+        write_bytes(out / "variants.csv", table.encode())
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,80 @@
+"""What training does to attention distance and to position similarity, from before the first epoch to the end.
+
+Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2 (before training, position embeddings say nothing of where patches lie),
+section 4.5 and figure 10 (models trained for 7 and 14 epochs). Expected: nearness is learned, and in the lowest layers some
+heads come to look at most of the image, others near them. As published here: similarity and distance of two patches correlate
+within 0.1 of 0 before training and below -0.5 at the end; in the first third of the layers the heads' distances spread over
+more pixels at the end than before. The snapshots are those that `train_demo` left behind.
+
+    python -m analyses.training_time --model demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from matplotlib.figure import Figure
+
+from analyses.study import Finding, keep
+from vit_probe import InputError, mean_attention_distance, position_similarity, steps
+from vit_probe.measures.position_nearness import position_nearness
+from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.plots.attention_distances import plot_attention_distances
+from vit_probe.plots.position_similarity import plot_position_similarities
+from vit_probe.plots.style import WIDTHS, style
+from vit_probe.terminal import run
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Model = "demo",
+    epochs: Annotated[int, typer.Option(help="Epochs that the model was trained for.")] = 24,
+    snapshots: Annotated[Path, typer.Option(help="Folder of its earlier states, `epoch-NUMBER.safetensors`.")] = SNAPSHOTS,
+    images: ImagePaths = None,
+    out: Out = Path("figures"),
+    limit: Limit = 128,
+    format: Formats = None,
+) -> None:
+    """Draws attention distance and position similarity from before training to its end."""
+    folder, formats, photographs = steps.prepare(images, None, out, limit, format)
+    if not (snapshots / "epoch-000.safetensors").is_file():
+        raise InputError(f"there is no {snapshots}/epoch-000.safetensors; name the folder of a training's snapshots")
+    files = {int(path.stem.removeprefix("epoch-")): str(path) for path in sorted(snapshots.glob("epoch-*.safetensors"))}
+    frames, maps, provenance, rows = {}, {}, {}, list[dict[str, Any]]()
+    for epoch, name in (files | {epochs: model}).items():
+        network, title = steps.load(name), f"epoch {epoch}" if epoch else "before training"
+        distance, positions = mean_attention_distance(network, photographs), position_similarity(network)
+        frames[title], maps[title], provenance[title] = distance.to_dataframe(), positions.similarity, distance.provenance
+        heads = frames[title].distance
+        early = heads[frames[title].layer < len(distance.distance) / 3]
+        rows.append(
+            dict(epoch=epoch, early_nearest=early.min(), early_farthest=early.max(), early_mean=early.mean(), mean=heads.mean())
+            | dict(uniform_distance=distance.uniform_distance[0], neighbours=positions.summary()["neighbours"].iloc[0])
+            | dict(nearness=position_nearness(positions.similarity))
+        )
+    table = pd.DataFrame(rows)
+    first, last = table.iloc[0], table.iloc[-1]
+    text = (
+        f"Similarity and distance of positions correlate at {first.nearness:.2f} before training, at {last.nearness:.2f} after "
+        f"{epochs} epochs. In the first third of the layers the heads look {first.early_nearest:.1f} to "
+        f"{first.early_farthest:.1f} px far before, {last.early_nearest:.1f} to {last.early_farthest:.1f} px after."
+    )
+    wider = last.early_farthest - last.early_nearest > first.early_farthest - first.early_nearest
+    finding = Finding(text, holds=bool(abs(first.nearness) < 0.1 and last.nearness < -0.5 and wider))
+    with style():
+        figure = Figure(figsize=(WIDTHS["icml-page"], 4.3))
+        (above,), (below,) = figure.subfigures(2, 1, height_ratios=(2.5, 1.8), squeeze=False)
+        plot_attention_distances(frames, figure=above)
+        plot_position_similarities(maps, figure=below)
+    keep("training_time", figure, table, finding, provenance, folder, formats)
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,123 @@
+"""The farthest and the local heads of a model, counted from the literal definition, beside 24 convolutions of 3 x 3."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from analyses.attention_distance import app, main
+from tests import reference
+from tests.analyses.conftest import typed
+from tests.models import expected_attention
+from vit_probe import Preprocessing, VisionTransformer, ViTConfig, sample_photographs, save_model
+
+GRID = 4, 4, (16, 16)
+
+
+def write_model(path: Path, near: list[int], far: list[int]) -> VisionTransformer:
+    """6 layers of 2 heads on 64 pixels: attention is nearly even, but head 0 of some layers is near and head 1 of some far.
+
+    Tokens are their positions, a wave for the row and one for the column. A near head's key is its query, a far one's the
+    opposite.
+    """
+    torch.manual_seed(0)
+    model = VisionTransformer(ViTConfig(64, 16, embed_dim=16, depth=6, num_heads=2, num_classes=2)).eval()
+    angles = torch.linspace(0, math.pi * 3 / 4, 4)
+    waves = torch.stack([angles.cos(), angles.sin()], dim=1)
+    places = torch.cat([waves.repeat_interleave(4, dim=0), waves.repeat(4, 1)], dim=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.003)
+        model.pos_embed[0, 1:, :8] = torch.cat([places, -places], dim=1)
+        for layer, block in enumerate(model.blocks):
+            query, key, _ = block.attn.qkv.weight.chunk(3)
+            for head, sign, layers in ((0, 1, near), (1, -1, far)):
+                if layer in layers:
+                    query[8 * head : 8 * head + 8, :8] = 3 * torch.eye(8)
+                    key[8 * head : 8 * head + 8, :8] = sign * torch.eye(8)
+    model.preprocessing = Preprocessing((64, 64), resize=64)
+    save_model(model, path)
+    return model
+
+
+def kept(out: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    table = pd.read_csv(out / "attention_distance.csv")
+    return table[table["head"].notna()], table[table["head"].isna()], json.loads((out / "attention_distance.json").read_text())
+
+
+def literal(model: VisionTransformer, count: int) -> np.ndarray:
+    assert model.preprocessing is not None
+    images = torch.stack([model.preprocessing(photograph) for photograph in sample_photographs(count)])
+    return reference.mean_attention_distance(expected_attention(model, images), *GRID, 1, "renormalize").mean
+
+
+def test_as_published_where_heads_are_near_and_far_early_and_far_late(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.safetensors", near=[0, 1, 2], far=[0, 4])
+    main(model=str(tmp_path / "model.safetensors"), out=tmp_path, limit=3)
+    heads, fields, study = kept(tmp_path)
+    expected = literal(model, 3)
+    np.testing.assert_allclose(heads.distance, expected.ravel(), rtol=1e-4)
+    even = reference.uniform_distance(*GRID)
+    local = expected < even / 2
+    assert local.tolist() == [[True, False]] * 3 + [[False, False]] * 3
+    assert expected[0, 1] > 1.1 * even
+    assert study["as_published"]
+    assert study["finding"] == (
+        f"In the first 2 of 6 layers the farthest head looks {expected[0, 1]:.1f} px far on average, in layer 0 "
+        f"{expected[0, 1]:.1f} px. 24 convolutions of 3 x 3 see 49 px: 24 px to each side, 33.9 px into the corners, 5.0 px on "
+        f"average if kernels are even. Of the heads of these 2 layers 50% are local (below half of uniform attention's "
+        f"{even:.1f} px), of those of the last 2 0%."
+    )
+    last = fields.groupby("network", sort=False).tail(1).set_index("network")
+    assert last.receptive_field.to_dict() == {"24 x conv 3 x 3": 49, "AlexNet": 195, "VGG-16": 212, "ResNet-50": 427}
+    assert set(heads.network) == {"model.safetensors"}
+    assert (tmp_path / "attention_distance.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "part"),
+    [
+        ([0, 5], [], "layers 25% are local (below half of uniform attention's 32.1 px), of those of the last 2 25%."),
+        ([], [0, 1], "layers 0% are local (below half of uniform attention's 32.1 px), of those of the last 2 0%."),
+    ],
+)
+def test_local_heads_late_or_never_are_not_as_published(near: list[int], far: list[int], part: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model.safetensors", near, far)
+    main(model=str(tmp_path / "model.safetensors"), out=tmp_path, limit=2)
+    study = kept(tmp_path)[2]
+    assert part in study["finding"]
+    assert not study["as_published"]
+
+
+def test_the_bundled_model_as_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, app, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
+    heads, _, study = kept(tmp_path)
+    early, late = heads[heads.layer < 3], heads[heads.layer >= 6]
+    assert f"looks {early.distance.max():.1f} px far" in study["finding"]
+    near = [(part.distance < part.uniform_distance / 2) for part in (early, late)]
+    assert study["as_published"] == (early.distance.max() > 24 and near[0].any() and not near[1].any())
+    assert study["finding"] in capsys.readouterr().out
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(first) == {f"attention_distance.{ending}" for ending in ("pdf", "csv", "json")}
+    assert typed(monkeypatch, app, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_what_cannot_be_read_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, app, "--model", tmp_path / "absent.safetensors", "--out", tmp_path) == 2
+    assert typed(monkeypatch, app, "--images", tmp_path / "absent.png", "--out", tmp_path) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "there is no checkpoint file or folder" in first
+    assert "there is no image file or folder" in second

@@ -1,0 +1,97 @@
+"""Local heads of a pure ViT and of a hybrid, counted from the literal definition."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analyses.hybrid import app, main
+from tests import reference
+from tests.analyses.conftest import typed
+from tests.analyses.small_models import attention_distances, write_model, write_photographs
+from tests.models import small_vit
+from vit_probe import Preprocessing, VisionTransformer, save_model
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photographs(tmp_path_factory.mktemp("images") / "photographs")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, VisionTransformer]]:
+    """A hybrid whose attention is nearly even, and a pure model with near heads in its first layer."""
+    folder = tmp_path_factory.mktemp("models")
+    near = write_model(folder / "pure.safetensors", "learned_1d", "patches")
+    query, key, _ = near.blocks[0].attn.qkv.weight.data.chunk(3)
+    key.copy_(query.mul_(3.0))  # a token attends to what is like it, itself above all
+    near.blocks[0].attn.qkv.bias.data.zero_()
+    save_model(near, folder / "pure.safetensors")
+    even = write_model(folder / "hybrid.safetensors", "learned_1d", "hybrid", scale=0.1)
+    return {"pure": (folder / "pure.safetensors", near), "hybrid": (folder / "hybrid.safetensors", even)}
+
+
+def run(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, out: Path) -> None:
+    main(model=str(models["pure"][0]), hybrid=str(models["hybrid"][0]), images=[photographs], out=out)
+
+
+def test_local_heads_are_counted(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path) -> None:
+    run(models, photographs, tmp_path)
+    table, kept = pd.read_csv(tmp_path / "hybrid.csv"), json.loads((tmp_path / "hybrid.json").read_text())
+    local = {}
+    for name, (_, model) in models.items():
+        expected = attention_distances(model, photographs)
+        rows = table[table.model == name]
+        np.testing.assert_allclose(rows.distance, expected.ravel(), rtol=1e-4)
+        near = expected < reference.uniform_distance(4, 4, (4, 4)) / 2
+        assert rows.local.tolist() == near.ravel().tolist()
+        local[name] = int(near[0].sum())  # 3 layers: the first is the first third
+    assert local == {"pure": 2, "hybrid": 0}
+    text = (
+        "In the first third of the layers 2 of 2 heads of the pure ViT are local, 0 of 2 of the hybrid (below half of uniform"
+    )
+    assert kept["finding"].startswith(text)
+    assert kept["as_published"]
+    assert set(kept["provenance"]) == {"pure", "hybrid"}
+    assert (tmp_path / "hybrid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_other_way_round_is_not_as_published(
+    models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path
+) -> None:
+    run({"pure": models["hybrid"], "hybrid": models["pure"]}, photographs, tmp_path)
+    kept = json.loads((tmp_path / "hybrid.json").read_text())
+    assert not kept["as_published"]
+    assert "0 of 2 heads of the pure ViT are local, 2 of 2 of the hybrid" in kept["finding"]
+
+
+def test_as_it_is_typed(
+    models: dict[str, tuple[Path, VisionTransformer]],
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = small_vit()
+    other.preprocessing = Preprocessing((24, 24), resize=24)
+    save_model(other, tmp_path / "other.safetensors")
+    arguments = ["--model", tmp_path / "other.safetensors", "--hybrid", models["hybrid"][0], "--images", photographs]
+    assert typed(monkeypatch, app, *arguments, "--limit", 2, "--out", tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "note: the pure model has (3, 4) rows and columns of patches, the hybrid (4, 4)" in captured.err
+    assert "published)" in captured.out
+    assert set(pd.read_csv(tmp_path / "hybrid.csv").num_images) == {2}
+    arguments[3] = tmp_path / "absent.safetensors"
+    assert typed(monkeypatch, app, *arguments, "--out", tmp_path) == 2
+    assert "absent.safetensors" in capsys.readouterr().err
+
+
+def test_the_models_that_come_with_the_repository(tmp_path: Path) -> None:
+    main(limit=4, out=tmp_path)
+    table = pd.read_csv(tmp_path / "hybrid.csv")
+    assert table.groupby("model").size().tolist() == [24, 24]
+    assert table.uniform_distance.nunique() == 1

@@ -1,0 +1,142 @@
+"""All measures of a model at once, and their numbers against what each measure says by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests.models import classifier, images, swin, transformers_vit
+from vit_probe import (
+    VisionTransformer,
+    ViTConfig,
+    attention_entropy,
+    attention_rollout,
+    mean_attention_distance,
+    patch_filters,
+    position_similarity,
+)
+from vit_probe.measures.class_attention import class_attention
+from vit_probe.measures.filter_smoothness import low_frequency_share
+from vit_probe.measures.overview import Overview, overview
+from vit_probe.measures.representation_similarity import representation_similarity
+from vit_probe.measures.token_norms import token_norms
+from vit_probe.plots.comparison import plot_comparison
+
+MEASURES = {
+    "attention_distance": mean_attention_distance,
+    "attention_entropy": attention_entropy,
+    "token_norms": token_norms,
+    "representation_similarity": representation_similarity,
+    "rollout": attention_rollout,
+    "class_attention": class_attention,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionTransformer:
+    return classifier(depth=3)
+
+
+@pytest.fixture(scope="module")
+def found(model: VisionTransformer) -> Overview:
+    return overview(model, images(32, 32, batch=6), device="cpu")
+
+
+def test_each_result_is_what_its_measure_gives(model: VisionTransformer, found: Overview) -> None:
+    assert set(found.results) == {*MEASURES, "patch_filters", "position_similarity"}
+    assert found.left_out == {}
+    expected: dict[str, Any] = {name: make(model, images(32, 32, batch=6), device="cpu") for name, make in MEASURES.items()}
+    expected |= {"patch_filters": patch_filters(model), "position_similarity": position_similarity(model)}
+    for name, result in found.results.items():
+        assert result.provenance == expected[name].provenance, name
+        for field, value in vars(expected[name]).items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_allclose(getattr(result, field), value, rtol=1e-5, atol=1e-7, err_msg=f"{name}.{field}")
+
+
+def test_the_numbers(found: Overview) -> None:
+    table = found.numbers()
+    assert list(table) == ["measure", "number", "unit", "value"]
+    assert not table.duplicated(["measure", "number"]).any()
+    assert set(table.measure) == set(found.results)
+    value = table.set_index(["measure", "number"])["value"]
+    results: dict[str, Any] = found.results
+    far, broad = results["attention_distance"].distance, results["attention_entropy"].entropy
+    for name, heads in (("attention_distance", far), ("attention_entropy", broad)):
+        assert value[name, "lowest head"] == heads.min()
+        assert value[name, "highest head"] == heads.max()
+        assert value[name, "range of heads"] == heads.max() - heads.min()
+        assert value[name, "range within a layer"] == pytest.approx(np.mean([max(row) - min(row) for row in heads]))
+    assert value["attention_entropy", "uniform attention"] == pytest.approx(np.log(17))
+    assert value["attention_entropy", "attention on itself"] == pytest.approx(results["attention_entropy"].self_mass.mean())
+    assert value["patch_filters", "low frequencies"] == low_frequency_share(results["patch_filters"].filters)
+    alike = results["position_similarity"].similarity
+    near, distant = [], []
+    for row, col, other_row, other_col in np.ndindex(4, 4, 4, 4):
+        apart = np.hypot(row - other_row, col - other_col)
+        if apart == 1:
+            near.append(alike[row, col, other_row, other_col])
+        if apart > 2:
+            distant.append(alike[row, col, other_row, other_col])
+    assert value["position_similarity", "neighbours"] == pytest.approx(np.mean(near))
+    assert value["position_similarity", "far apart"] == pytest.approx(np.mean(distant))
+    maps = results["rollout"].maps.reshape(6, 16)
+    assert value["rollout", "largest over mean"] == pytest.approx(np.median([one.max() / one.mean() for one in maps]))
+    pairs = [np.corrcoef(maps[one], maps[other])[0, 1] for one in range(6) for other in range(one)]
+    assert value["rollout", "correlation of images"] == pytest.approx(np.median(pairs))
+    assert value["class_attention", "attention on prefix tokens"] == pytest.approx(
+        results["class_attention"].prefix_mass.mean()
+    )
+    assert value["representation_similarity", "first and last layer"] == results["representation_similarity"].similarity[0, 2]
+    norms = results["token_norms"].to_dataframe()
+    assert value["token_norms", "after the last layer"] == norms["median"].iloc[-1]
+
+
+def test_one_image_has_no_pairs(model: VisionTransformer) -> None:
+    found = overview(model, images(32, 32, batch=1), device="cpu")
+    assert list(found.left_out) == ["representation_similarity"]
+    value = found.numbers().set_index(["measure", "number"])["value"]
+    assert np.isnan(value["rollout", "correlation of images"])
+    assert np.isfinite(value.drop(("rollout", "correlation of images"))).all()
+
+
+def test_windows_have_no_rollout() -> None:
+    found = overview(swin(), images(48, 48, batch=4), device="cpu")
+    assert {"rollout", "class_attention"} <= set(found.left_out)
+    assert "attend within windows" in found.left_out["rollout"]
+    assert {"attention_distance", "attention_entropy", "patch_filters"} <= set(found.results)
+    assert found.numbers()["value"].notna().all()
+
+
+def test_a_model_without_class_token_or_positions() -> None:
+    config = ViTConfig(
+        image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, class_token=False, pooling="avg", position="none"
+    )
+    found = overview(VisionTransformer(config), images(32, 32, batch=4), device="cpu")
+    assert set(found.left_out) == {"class_attention", "position_similarity"}
+    assert "no class token" in found.left_out["class_attention"]
+
+
+def test_an_iterator_is_gone_through_once(model: VisionTransformer) -> None:
+    found = overview(model, iter([images(32, 32, batch=4)]), device="cpu")
+    assert {"token_norms", "representation_similarity"} <= set(found.left_out)
+    assert found.results["attention_distance"].provenance["images"]["count"] == 4
+
+
+def test_of_another_library() -> None:
+    found = overview(transformers_vit("Dinov2", image_size=32), images(32, 32, batch=4), device="cpu")
+    assert found.left_out == {}
+    assert found.numbers()["value"].notna().all()
+
+
+def test_the_panels_can_be_drawn(model: VisionTransformer, found: Overview) -> None:
+    with torch.no_grad():
+        figure = plot_comparison({"one": found.panels(), "two": found.panels()}, columns=4)
+    assert len(figure.axes) == 4 * 5
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert len(titles) == len(found.results) == 8
+    assert pd.Series(titles).is_unique

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from vit_probe.errors import InputError
+from vit_probe.plots import attention_over_black
+from vit_probe.plots.class_attention import plot_class_attention
+
+
+def _images(count: int, height: int = 32, width: int = 32) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def _maps(*shape: int, seed: int = 1) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).random((*shape, 4, 4))
+
+
+def _picture(axes: Axes) -> NDArray[Any]:
+    (image,) = axes.images
+    return np.asarray(image.get_array())
+
+
+def _names(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def _tile(axes: Axes, row: int, column: int, rows: int, columns: int, size: tuple[int, int] = (32, 32)) -> NDArray[Any]:
+    """One of the pictures of the mosaic."""
+    picture = _picture(axes)
+    steps = [
+        (whole - length) // max(count - 1, 1)
+        for whole, length, count in zip(picture.shape, size, (rows, columns), strict=False)
+    ]
+    top, left = row * steps[0], column * steps[1]
+    return picture[top : top + size[0], left : left + size[1]]
+
+
+def _black(image: NDArray[np.uint8], attention: NDArray[np.float64]) -> NDArray[Any]:
+    return np.rint(attention_over_black(image, attention) * 255)
+
+
+def test_input_then_rollout_then_heads() -> None:
+    maps, images, rollout = _maps(2, 3), _images(2), _maps(2, seed=2)
+    axes = plot_class_attention(maps, images, rollout=rollout)
+    assert _names(axes) == ["Input", "Rollout", "Head 0", "Head 1", "Head 2"]
+    for row in range(2):
+        np.testing.assert_array_equal(_tile(axes, row, 0, 2, 5), images[row])
+        np.testing.assert_array_equal(_tile(axes, row, 1, 2, 5), _black(images[row], rollout[row]))
+        for head in range(3):
+            np.testing.assert_array_equal(_tile(axes, row, 2 + head, 2, 5), _black(images[row], maps[row, head]))
+
+
+def test_more_than_eight_heads_are_broken_into_lines() -> None:
+    maps, images, rollout = _maps(2, 9), _images(2), _maps(2, seed=2)
+    axes = plot_class_attention(maps, images, rollout=rollout)
+    assert _names(axes) == ["Input", "Rollout", *(f"Head {head}" for head in range(9))] * 2
+    for image in range(2):
+        assert (_tile(axes, 2 * image + 1, 0, 4, 7) == 255).all()
+        assert (_tile(axes, 2 * image + 1, 6, 4, 7) == 255).all()
+        for head in range(9):
+            row, column = 2 * image + head // 5, 2 + head % 5
+            np.testing.assert_array_equal(_tile(axes, row, column, 4, 7), _black(images[image], maps[image, head]))
+
+
+def test_without_photographs_maps_are_coloured() -> None:
+    maps, rollout = _maps(1, 2), _maps(1, seed=2)
+    axes = plot_class_attention(maps, None, rollout=rollout)
+    assert _names(axes) == ["Rollout", "Head 0", "Head 1"]
+    scaled = (maps[0, 1] - maps[0, 1].min()) / np.ptp(maps[0, 1])
+    expected = mpl.colormaps["viridis"](scaled)[..., :3]
+    np.testing.assert_allclose(_tile(axes, 0, 2, 1, 3, (4, 4)) / 255.0, expected, atol=0.5 / 255 + 1e-9)
+
+
+def test_only_some_heads() -> None:
+    maps, images = _maps(1, 12), _images(1)
+    axes = plot_class_attention(maps, images, heads=[11, 3])
+    assert _names(axes) == ["Input", "Head 11", "Head 3"]
+    np.testing.assert_array_equal(_tile(axes, 0, 1, 1, 3), _black(images[0], maps[0, 11]))
+    assert axes.figure.get_figwidth() == pytest.approx(3.25)
+
+
+@pytest.mark.parametrize(("count", "heads"), [(1, 1), (6, 6), (1, 8), (2, 12), (3, 16), (4, 24)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 60), (60, 20)])
+def test_names_touch_neither_each_other_nor_a_picture_nor_the_edge(count: int, heads: int, height: int, width: int) -> None:
+    axes = plot_class_attention(_maps(count, heads), _images(count, height, width), rollout=_maps(count))
+    figure = axes.figure
+    assert figure.get_figwidth() <= 5.5 + 1e-6
+    assert figure.get_figheight() < 9.5
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for box in boxes:
+        assert box.x0 >= 0
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.y1
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    blank = (_picture(axes) == 255).all(axis=(1, 2))  # lines of pixels between pictures
+    for box in boxes:
+        for y in (box.y0 + 1, box.y1 - 1):
+            line = axes.transData.inverted().transform((box.x0, y))[1]
+            assert line < 0 or blank[round(line)]
+
+
+def test_more_than_a_page_holds_makes_a_taller_figure() -> None:
+    axes = plot_class_attention(_maps(40, 9), _images(40), rollout=_maps(40))
+    assert axes.figure.get_figheight() == pytest.approx(80 * (0.3 + 0.21), rel=0.05)
+
+
+def test_numbers_alone_where_there_is_no_room() -> None:
+    narrow = plot_class_attention(_maps(8, 8), _images(8, 64, 16), rollout=_maps(8))
+    first, second, *others = _names(narrow)
+    assert others == [*map(str, range(8))]
+    assert (first[0], second[0], second[-1]) == ("I", "R", "…")
+
+
+def test_draws_on_the_axes_it_is_given() -> None:
+    axes = Figure().subplots()
+    assert plot_class_attention(_maps(1, 2), _images(1), ax=axes) is axes
+    assert len(axes.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"maps": np.zeros((2, 4, 4))}, r"attention maps have shape \(2, 4, 4\); they must be \(image, head, row, col\)"),
+        ({"maps": np.full((2, 3, 4, 4), np.nan)}, "attention maps hold values that are not finite; check"),
+        (
+            {"images": _images(3)},
+            r"photographs of shape \(3, 32, 32, 3\) came with the attention maps; they must be \(2, any, any",
+        ),
+        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, r"photographs of shape \(2, 3, 8, 8\) came"),
+        ({"images": np.zeros((2, 8, 8, 3))}, "images are float64 of shape"),
+        ({"rollout": _maps(3)}, r"rollout maps of shape \(3, 4, 4\) came with the attention maps; they must be \(2, 4, 4\)"),
+        ({"heads": [3]}, r"heads \[3\] were asked for, but there are heads 0 to 2; name some of those"),
+        ({"heads": []}, r"heads \[\] were asked for"),
+    ],
+)
+def test_errors_say_what_arrived(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plot_class_attention(**({"maps": _maps(2, 3), "images": _images(2)} | arguments))

@@ -1,0 +1,139 @@
+"""Measures of several models side by side."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vit_probe.errors import InputError
+from vit_probe.plots import plot_attention_distance, plot_patch_filters, plot_position_similarity, plot_rollout
+from vit_probe.plots.comparison import Panel, plot_comparison, plot_range
+
+
+def _panels(frame: pd.DataFrame, seed: int) -> dict[str, Panel]:
+    random = np.random.default_rng(seed)
+    table = random.normal(size=(64, 5))
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    photographs = random.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    return {
+        "Attention distance (px)": partial(plot_attention_distance, frame),
+        "Patch filters": partial(plot_patch_filters, random.normal(size=(28, 3, 8, 8)), title="a title of its own"),
+        "Position similarity": partial(plot_position_similarity, (table @ table.T).reshape(8, 8, 8, 8)),
+        "Rollout": partial(plot_rollout, random.uniform(size=(2, 8, 8)), photographs),
+    }
+
+
+@pytest.fixture
+def rows(frame: pd.DataFrame) -> dict[str, dict[str, Panel]]:
+    near = frame.assign(distance=frame["distance"] / 4, uniform_distance=40.0)
+    return {"trained": _panels(frame, 0), "random": _panels(near, 1)}
+
+
+def _grid(figure: Figure, columns: int) -> list[list[Axes]]:
+    """The rows of panels, each after its name."""
+    return [figure.axes[first : first + columns + 1] for first in range(0, len(figure.axes), columns + 1)]
+
+
+def test_a_row_a_model_and_a_column_a_measure(rows: dict[str, dict[str, Panel]]) -> None:
+    figure = plot_comparison(rows)
+    trained, random = _grid(figure, 4)
+    assert [line[0].texts[0].get_text() for line in (trained, random)] == ["trained", "random"]
+    assert [axes.get_title() for axes in trained[1:]] == list(rows["trained"])
+    assert [axes.get_title() for axes in random[1:]] == [""] * 4
+    assert figure.get_size_inches()[0] == 6.75
+    for line in (trained, random):
+        assert len(line[1].collections) == 1
+        assert all(len(axes.images) == 1 for axes in line[2:])
+
+
+def test_a_measure_has_one_scale_and_one_name_of_its_axis(rows: dict[str, dict[str, Panel]]) -> None:
+    trained, random = _grid(plot_comparison(rows), 4)
+    assert trained[1].get_ylim() == random[1].get_ylim()
+    assert trained[1].get_ylim()[1] > 116.5
+    assert [line[1].get_xlabel() for line in (trained, random)] == ["", "Network depth (layer)"]
+    assert all(axes.get_ylabel() == "" for axes in (*trained, *random))
+
+
+def test_pictures_go_without_ticks(rows: dict[str, dict[str, Panel]]) -> None:
+    for line in _grid(plot_comparison(rows), 4):
+        for axes in line[2:]:
+            assert not axes.get_xticks().size
+            assert not axes.get_yticks().size
+            assert not axes.texts
+
+
+def test_more_measures_than_fit_follow_below(rows: dict[str, dict[str, Panel]]) -> None:
+    lines = _grid(plot_comparison(rows, columns=3), 3)
+    assert [line[0].texts[0].get_text() for line in lines] == ["trained", "random"] * 2
+    assert lines[2][1].get_title() == "Rollout"
+    assert [axes.axison for axes in lines[2][1:]] == [True, False, False]
+
+
+def test_what_one_row_alone_has_is_left_out(rows: dict[str, dict[str, Panel]]) -> None:
+    del rows["random"]["Rollout"]
+    trained, _ = _grid(plot_comparison(rows), 3)
+    assert [axes.get_title() for axes in trained[1:]] == ["Attention distance (px)", "Patch filters", "Position similarity"]
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_nothing_is_cut_off_and_nothing_overlaps(rows: dict[str, dict[str, Panel]], columns: int) -> None:
+    figure = plot_comparison(rows, columns=columns)
+    figure.draw_without_rendering()
+    boxes = [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]
+    for box in boxes:
+        assert box.x0 >= -0.5
+        assert box.y0 >= -0.5
+        assert box.x1 <= figure.bbox.x1 + 0.5
+        assert box.y1 <= figure.bbox.y1 + 0.5
+    for one, other in combinations(boxes, 2):
+        across = min(one.x1, other.x1) - max(one.x0, other.x0)
+        down = min(one.y1, other.y1) - max(one.y0, other.y0)
+        assert across < 0.5 or down < 0.5
+
+
+def test_what_cannot_be_compared(rows: dict[str, dict[str, Panel]]) -> None:
+    with pytest.raises(InputError, match="nothing that all of the 2 rows to be compared have"):
+        plot_comparison({"trained": rows["trained"], "random": {}})
+    with pytest.raises(InputError, match="nothing that all of the 0 rows"):
+        plot_comparison({})
+    with pytest.raises(InputError, match="cannot draw measures in 0 columns"):
+        plot_comparison(rows, columns=0)
+
+
+def test_the_labels_of_colour_bars_fit(rows: dict[str, dict[str, Panel]]) -> None:
+    for line in _grid(plot_comparison(rows), 4):
+        assert line[1].child_axes[0].get_ylabel() == "On patches"
+        assert line[3].child_axes[0].get_ylabel() == ""  # "Cosine similarity" is longer than the bar
+
+
+# The range of values in every layer
+
+
+@pytest.fixture
+def ranges() -> pd.DataFrame:
+    return pd.DataFrame({"layer": [0, 1, 2], "lowest": [1.0, 2, 3], "median": [2.0, 3, 5], "highest": [4.0, 40, 400]})
+
+
+def test_a_line_of_medians_and_a_band(ranges: pd.DataFrame) -> None:
+    axes = plot_range(ranges)
+    (line,) = axes.get_lines()
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([0, 1, 2], [2, 3, 5])  # type: ignore[union-attr]
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]  # type: ignore[index]
+    assert (heights.min(), heights.max()) == (1, 400)
+    assert axes.get_yscale() == "log"
+    given = Figure().subplots()
+    assert plot_range(ranges, ax=given) is given
+
+
+def test_what_is_no_table_of_ranges(ranges: pd.DataFrame) -> None:
+    with pytest.raises(InputError, match="the table of ranges lacks the columns median"):
+        plot_range(ranges.drop(columns="median"))
+    with pytest.raises(InputError, match="the table of ranges has no rows"):
+        plot_range(ranges.iloc[:0])

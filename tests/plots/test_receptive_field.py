@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from vit_probe.errors import InputError
+from vit_probe.plots import FORMATS, save_figure
+from vit_probe.plots.receptive_field import plot_attention_beside_convolutions, plot_receptive_field
+
+
+@pytest.fixture
+def fields() -> pd.DataFrame:
+    """A plain stack of 24, and a network that soon sees far: a pooling lies between its two convolutions."""
+    plain = pd.DataFrame({"network": "plain", "layer": range(24), "depth": range(1, 25)})
+    plain = plain.assign(receptive_field=1 + 2 * plain.depth, reach=plain.depth.astype(float), mean_distance=plain.depth**0.5)
+    deep = pd.DataFrame({"network": "deep", "layer": [0, 1, 2], "depth": [1, 1, 40], "receptive_field": [11, 19, 401]})
+    deep = deep.assign(reach=(deep.receptive_field - 1) / 2, mean_distance=[3.0, 5.0, 70.0])
+    return pd.concat([plain, deep], ignore_index=True)
+
+
+def _labels(axes: Axes | Figure) -> list[str]:
+    (legend,) = axes.legends if isinstance(axes, Figure) else [axes.get_legend()]
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def _of(axes: Axes, colour: object) -> list[Line2D]:
+    return [line for line in axes.lines if line.get_color() == colour]
+
+
+LEGEND = ["plain: 49 px wide", "deep: 401 px wide", "half of the field", "mean, even kernels"]
+
+
+def test_two_lines_a_network_from_a_pixel_on(fields: pd.DataFrame) -> None:
+    axes = plot_receptive_field(fields)
+    assert len(axes.lines) == 4
+    for network, reach in zip(("plain", "deep"), axes.lines[::2], strict=True):
+        rows = fields[fields.network == network]
+        solid, dotted = _of(axes, reach.get_color())
+        for line, column in ((solid, "reach"), (dotted, "mean_distance")):
+            np.testing.assert_array_equal(line.get_xdata(), [0, *rows.depth])
+            np.testing.assert_array_equal(line.get_ydata(), [0, *rows[column]])
+        assert (solid.get_linestyle(), dotted.get_linestyle()) == ("-", "--")
+        assert solid.get_markevery() == [len(rows)]  # a dot where the network ends
+    assert len({str(line.get_color()) for line in axes.lines}) == 2
+
+
+def test_rows_in_any_order_are_drawn_layer_by_layer(fields: pd.DataFrame) -> None:
+    shuffled = pd.concat([fields.iloc[:1], fields.iloc[1:].sample(frac=1, random_state=0)])
+    for line, expected in zip(plot_receptive_field(shuffled).lines, plot_receptive_field(fields).lines, strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), expected.get_xydata())
+
+
+def test_labels_legend_and_limits(fields: pd.DataFrame) -> None:
+    axes = plot_receptive_field(fields)
+    assert axes.get_xlabel() == "Depth (convolutions)"
+    assert axes.get_ylabel() == "Distance from the centre (pixels)"
+    assert _labels(axes) == LEGEND
+    assert axes.get_ylim() == (0, pytest.approx(210))
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > 40
+    assert plot_receptive_field(fields, highest=30).get_ylim() == (0, 30)
+
+
+def test_a_network_of_single_pixels_can_be_drawn(fields: pd.DataFrame) -> None:
+    axes = plot_receptive_field(fields.assign(depth=0, receptive_field=1, reach=0.0, mean_distance=0.0))
+    assert axes.get_xlim()[1] >= 1
+    assert axes.get_ylim()[1] > 0
+
+
+def test_draws_on_the_axes_it_is_given(fields: pd.DataFrame) -> None:
+    axes = Figure().subplots()
+    assert plot_receptive_field(fields, ax=axes) is axes
+    assert axes.lines
+
+
+def test_one_axis_of_pixels_for_heads_and_units(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+    figure = plot_attention_beside_convolutions(frame, fields)
+    left, right = figure.axes[:2]
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] == 0
+    assert 116.5 < left.get_ylim()[1] < 180  # of the heads, not of the network that sees 200 px far
+    assert left.get_shared_y_axes().joined(left, right)
+    np.testing.assert_array_equal(left.collections[-1].get_offsets(), frame[["layer", "distance"]])
+    assert left.get_ylabel() == "Mean attention distance (pixels)"
+    assert right.get_ylabel() == "Distance from the centre (pixels)"
+    assert [len(line.get_xdata()) for line in right.lines] == [25, 25, 4, 4]  # type: ignore[arg-type]
+    assert figure.get_figwidth() == 5.5
+
+
+def test_half_the_first_network_s_field_lies_across_the_heads(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+    left, right = plot_attention_beside_convolutions(frame, fields).axes[:2]
+    across = next(line for line in left.lines if line.get_label() == "plain")
+    np.testing.assert_array_equal(across.get_ydata(), [24, 24])
+    assert across.get_color() == right.lines[0].get_color()
+    assert set(_labels(left)) == {"plain", "uniform attention"} or set(_labels(left)) == {"plain", "uniform"}
+
+
+def test_the_legend_of_both_panels_is_the_figure_s(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+    figure = plot_attention_beside_convolutions(frame, fields)
+    assert _labels(figure) == LEGEND
+    assert figure.axes[1].get_legend() is None
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_nothing_is_cut_off_and_nothing_overlaps(frame: pd.DataFrame, fields: pd.DataFrame, scale: float) -> None:
+    scaled = frame.assign(distance=scale * frame.distance, uniform_distance=scale * frame.uniform_distance)
+    names = {"plain": "24 x conv 3 x 3", "deep": "ResNet-50"}
+    more = fields[fields.network == "deep"].assign(network="AlexNet"), fields[fields.network == "deep"].assign(network="VGG-16")
+    figure = plot_attention_beside_convolutions(scaled, pd.concat([fields.replace({"network": names}), *more]))
+    figure.draw_without_rendering()
+    left, right = figure.axes[:2]
+    boxes = [axes.get_tightbbox() for axes in (left, right)] + [figure.legends[0].get_window_extent()]
+    for box in boxes:
+        assert box is not None
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    ticks = [label.get_window_extent() for label in right.get_xticklabels() if label.get_text()]
+    assert not any(one.overlaps(other) for one, other in combinations(ticks, 2))
+    legend = left.get_legend()
+    assert legend is not None
+    highest = max(scaled.distance.max(), scaled.uniform_distance.max())
+    assert left.transData.transform((0, highest))[1] < legend.get_window_extent().y0
+    texts = [*legend.get_texts(), *figure.legends[0].get_texts(), left.title, right.title, left.yaxis.label, right.yaxis.label]
+    assert min(text.get_fontsize() for text in texts) >= 8
+
+
+def test_draws_on_the_figure_it_is_given(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    assert plot_attention_beside_convolutions(frame, fields, figure=figure) is figure
+    assert len(figure.axes) >= 2
+
+
+def test_the_figure_is_saved_alike_every_time(frame: pd.DataFrame, fields: pd.DataFrame, tmp_path: Path) -> None:
+    first = save_figure(plot_attention_beside_convolutions(frame, fields), tmp_path / "first", FORMATS)
+    second = save_figure(plot_attention_beside_convolutions(frame, fields), tmp_path / "second", FORMATS)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_errors_say_what_arrived(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+    wrong = r"lacks the columns depth, reach; pass what the result of receptive_field gives as to_dataframe\(\)"
+    for draw in (plot_receptive_field, lambda table: plot_attention_beside_convolutions(frame, table)):
+        with pytest.raises(InputError, match=wrong):
+            draw(fields.drop(columns=["depth", "reach"]))
+        with pytest.raises(InputError, match="the table of receptive fields has no rows; give at least one layer"):
+            draw(fields.iloc[:0])
+    with pytest.raises(InputError, match="the table of attention distances has no rows"):
+        plot_attention_beside_convolutions(frame.iloc[:0], fields)

@@ -1,0 +1,100 @@
+"""Attention entropy: against depth, and against attention distance."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from vit_probe.errors import InputError
+from vit_probe.plots.heads import HeadQuantity, dots_against_depth, slim_bar, uniform_by_layer
+from vit_probe.plots.style import drawing_axes, figure_size
+
+__all__ = ["plot_attention_entropy", "plot_entropy_and_distance"]
+
+_ENTROPY = HeadQuantity(
+    column="entropy",
+    plural="entropies",
+    mass="prefix_mass",
+    label="Attention entropy (nats)",
+    measure="attention_entropy",
+)
+_JOINT = ("layer", "head", "distance", "uniform_distance", "entropy", "uniform_entropy")
+_BAND = 1.08  # the axes end so much above the largest value
+
+
+def plot_attention_entropy(frame: pd.DataFrame, *, ax: Axes | None = None, spread: bool = False) -> Axes:
+    """Draw one dot a head, against depth, with the entropy of uniform attention.
+
+    The entropy is that of a query's attention to all tokens. As in `plot_attention_distance`, a dot is the darker the more of
+    its head's attention goes to patches: a pale one at the bottom is a head that looks at the class token alone.
+
+    Args:
+        frame: One row a head; columns layer (from 0), head, entropy (nats), std (over images, nats), prefix_mass (in [0, 1]),
+            uniform_entropy (nats), num_images. An entropy of NaN is left out.
+        ax: Where to draw; a new figure if None.
+        spread: Whether to add error bars of one standard deviation over images, heads set side by side.
+
+    Returns:
+        The axes. The dots are `ax.collections[-1]`, in the order of the frame's rows.
+
+    Raises:
+        InputError: If columns are missing, there is no row, or rows come from several grids.
+
+    References:
+        Clark et al. 2019, arXiv:1906.04341, figure 4, for a language model.
+    """
+    uniform = uniform_by_layer(frame, _ENTROPY)
+    patch_mass = 1 - frame["prefix_mass"].to_numpy(dtype=float)
+    with drawing_axes(ax, figure_size("neurips", 0.45)) as axes:
+        dots_against_depth(axes, frame, _ENTROPY, uniform, patch_mass, spread=spread)
+    return axes
+
+
+def plot_entropy_and_distance(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw one dot a head: how many tokens it spreads its attention over, against how far away they are.
+
+    Args:
+        frame: One row a head; columns layer (from 0), head, distance and uniform_distance (pixels), entropy and
+            uniform_entropy (nats), as `head_table` gives them.
+        ax: Where to draw; a new figure if None.
+
+    Returns:
+        The axes. The dots are `ax.collections[0]`, in the order of the frame's rows, coloured by layer; crosses mark uniform
+        attention.
+
+    Raises:
+        InputError: If columns are missing, or there is no row.
+    """
+    missing = [name for name in _JOINT if name not in frame.columns]
+    if missing:
+        raise InputError(
+            f"the table of distances and entropies lacks the columns {', '.join(missing)}; pass what head_table gives"
+        )
+    if frame.empty:
+        raise InputError("the table of distances and entropies has no rows; measure at least one head")
+    uniform = frame[["uniform_distance", "uniform_entropy"]].drop_duplicates().to_numpy(dtype=float)
+    layer, distance, entropy = (frame[name].to_numpy(dtype=float) for name in ("layer", "distance", "entropy"))
+    first, last = int(layer.min()), int(layer.max())
+    with drawing_axes(ax, figure_size("icml", 0.72)) as axes:
+        dots = axes.scatter(
+            distance,
+            entropy,
+            c=layer,
+            cmap=mpl.colormaps["viridis"],
+            vmin=first,
+            vmax=max(last, first + 1),
+            s=14,
+            edgecolors="#1A1A1A",
+            linewidths=0.4,
+            zorder=3,
+        )
+        axes.plot(*uniform.T, color="#D55E00", marker="X", markersize=6, linestyle="none", label="uniform attention", zorder=2)
+        for limit, values, far in ((axes.set_xlim, distance, uniform[:, 0]), (axes.set_ylim, entropy, uniform[:, 1])):
+            limit(0, (float(np.nanmax([*values, *far])) or 1.0) * _BAND)
+        axes.set_xlabel("Mean attention distance (pixels)")
+        axes.set_ylabel("Attention entropy (nats)")
+        axes.legend(loc="upper left", frameon=False, borderpad=0.2)  # few tokens are near, so that no dot lies there
+        slim_bar(axes, dots, "Layer", [first, last] if last > first else [first])
+    return axes
