@@ -56,7 +56,8 @@ def _finding(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
         f"even. Of the heads of these {third} layers {early['local'].mean():.0%} are local (below half of uniform attention's "
         f"{heads['uniform_distance'].max():.1f} px), of those of the last {third} {late['local'].mean():.0%}."
     )
-    return Finding(text, holds=bool(farthest > plain["reach"] and early["local"].any() and not late["local"].any()))
+    holds = farthest > plain["reach"] and not early["local"].all() and early["local"].any() and not late["local"].any()
+    return Finding(text, holds=bool(holds))
 
 
 if __name__ == "__main__":

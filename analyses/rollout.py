@@ -51,7 +51,8 @@ def main(
     table = heads.beside(rollout)
     if deleted is not None:
         table = table.join(deleted.area.add_prefix("area, "))
-    whole = table["name"].str.partition(", crop ")[0]  # crops of one photograph are not independent, and count as one
+    # Crops of one sample photograph are not independent, and count as one.
+    whole = table.index.to_series() if images else table["name"].str.partition(", crop ")[0]
     means = table.groupby(whole).mean(numeric_only=True)
     mean = means.mean()
     text = (

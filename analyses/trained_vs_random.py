@@ -60,8 +60,8 @@ def _finding(table: pd.DataFrame, trained: Overview, random: Overview) -> Findin
         "the low frequencies' part of the filters": ("patch_filters", "low frequencies"),
         "the similarity of neighbours' positions": ("position_similarity", "neighbours"),
     }.items():
-        if place in numbers:
-            after, before = numbers[place]
+        after, before = numbers.get(place, (np.nan, np.nan))
+        if np.isfinite([after, before]).all() and after != before:  # alike where a table of positions is not learned
             text += f", {what} from {before:.2f} to {after:.2f}"
             holds.append(after >= before + 0.1)
     rollouts: list[Any] = [found.results["rollout"] for found in (trained, random) if "rollout" in found.results]

@@ -47,6 +47,8 @@ def main(
     if not (snapshots / "epoch-000.safetensors").is_file():
         raise InputError(f"there is no {snapshots}/epoch-000.safetensors; name the folder of a training's snapshots")
     files = {int(path.stem.removeprefix("epoch-")): str(path) for path in sorted(snapshots.glob("epoch-*.safetensors"))}
+    if max(files) >= epochs:
+        raise InputError(f"--epochs {epochs}: {snapshots} holds the weights after {max(files)}; tell after how many --model is")
     frames, maps, provenance, rows = {}, {}, {}, list[dict[str, Any]]()
     for epoch, name in (files | {epochs: model}).items():
         network, title = steps.load(name), f"epoch {epoch}" if epoch else "before training"

@@ -328,8 +328,9 @@ class Direct(Model):
         (Shared(Attention()), r"layer 0 \(blocks.0\) of Shared has no block of its own"),
         (
             Beside(Attention(), Attention()),
-            "the block around blocks.1 does not take the tokens from the block before it, ",
+            "the block around blocks.1 does not take the tokens from the block before it; ",
         ),
+        (Direct(Attention(), nn.ModuleList([nn.Identity(), Attention()])), "the block around blocks.1.1 does not take the tok"),
         (
             Direct(Attention(), nn.Sequential(nn.Identity(), Attention())),
             "Direct passes its images by the block around blocks.1.1, or calls it in its own way",

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
+from vit_probe.geometry import TokenGrid
 from vit_probe.routing import ForwardStopped
 from vit_probe.survey import Survey
 from vit_probe.tokens import as_sequence, block_path, first_tensor
@@ -73,30 +75,39 @@ class _Passing:
         self._observers = observers
         self._images = 0
         self._next = 0  # the layer whose tokens come next
-        self._given: Tensor | None = None  # what the block before was given
+        self._passed: Tensor | None = None  # what the block before passed on
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         images = first_tensor((*args, *kwargs.values()))
         self._images = 0 if images is None else len(images)
-        self._next, self._given = 0, None
+        self._next, self._passed = 0, None
 
     def show(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         found, name = self._found, self._found.layers[layer]
         given = first_tensor((*args, *kwargs.values()))
-        if layer != self._next or (given is not None and given is self._given):
-            raise InputError(
-                f"the block around {name} does not take the tokens from the block before it, but stands beside it; "
-                "its output is not what passes from layer to layer"
-            )
         windows = found.windows.get(layer)
+        grid = windows.grid if windows else found.grid
+        if layer != self._next or not self._takes_what_was_passed(given, grid, name):
+            raise InputError(
+                f"the block around {name} does not take the tokens from the block before it; what that one returns is not what "
+                "passes from layer to layer"
+            )
         passed = first_tensor(output if isinstance(output, list | tuple) else (output,))
-        tokens = as_sequence(passed, self._images, windows.grid if windows else found.grid, name)
+        tokens = as_sequence(passed, self._images, grid, name)
         for observer in self._observers:
             observer.update_tokens(layer, tokens)
-        self._next, self._given = layer + 1, given
+        self._next, self._passed = layer + 1, passed
         if self._next == len(found.layers):
-            self._given = None
+            self._passed = None
             raise ForwardStopped
+
+    def _takes_what_was_passed(self, given: Tensor | None, grid: TokenGrid, name: str) -> bool:
+        """Whether a block is given the patch tokens of the one before; of another shape, as merged ones are, they may be."""
+        before = self._passed
+        if given is None or before is None or given is before or given.shape != before.shape:
+            return True
+        mine, theirs = (as_sequence(tokens, self._images, grid, name) for tokens in (given, before))
+        return torch.equal(mine, theirs)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called where the forward pass did not end at the last block."""

@@ -252,11 +252,15 @@ def test_any_merging_gives_the_same(sizes: list[int], data: st.DataObject) -> No
 
 def test_a_batch_that_is_taken_back_does_not_count() -> None:
     layers = random_layers(8)
-    measure = RepresentationSimilarity(NAMES)
+    measure = feed(RepresentationSimilarity(NAMES, keep=True), layers)
+    before = measure.state()
     measure.begin_batch()
-    measure.update_tokens(0, layers[1])
-    measure.roll_back()
-    np.testing.assert_array_equal(feed(measure, layers).compute().similarity, similarity(layers))
+    for layer, tokens in enumerate(layers):
+        measure.update_tokens(layer, tokens.flip(0, 1) ** 2)
+    measure.end_batch()
+    assert measure.state()["sizes"] != before["sizes"]
+    measure.roll_back()  # as when memory ends in another measure's end_batch
+    np.testing.assert_equal(measure.state(), before)
 
 
 def observed(model: nn.Module, x: Any, **options: Any) -> RepresentationSimilarity:

@@ -108,7 +108,10 @@ def test_a_batch_that_is_taken_back_does_not_count() -> None:
     measure = feed(TokenNorms(NAMES), layers)
     measure.begin_batch()
     measure.update_tokens(0, 9 * layers[0])
-    measure.roll_back()
+    measure.update_tokens(1, 9 * layers[1])
+    measure.end_batch()
+    measure.roll_back()  # as when memory ends in another measure's end_batch
+    assert measure.compute().num_images == 2
     result = feed(measure, layers).compute()
     assert result.num_images == 4
     assert result.counts.tolist() == [[12], [12]]

@@ -200,7 +200,8 @@ class ClassAttention(ImageMaps):
             self._rows[-1] = torch.cat([self._rows[-1], row], dim=1)
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`."""
+        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        super().roll_back()
         self._rows = []
 
     def compute(

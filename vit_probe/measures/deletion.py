@@ -195,10 +195,12 @@ def _pixels(patches: Bool[np.ndarray, "image patch"], grid: TokenGrid, images: T
 def _probabilities(model: nn.Module, images: Tensor) -> Float[np.ndarray, "image class"]:
     output = model(images)
     scores = getattr(output, "logits", output)
-    if scores is output:  # what has no such name is features unless the model says how many classes it knows
+    fits = isinstance(scores, Tensor) and scores.ndim == 2
+    if fits and scores is output:  # what has no such name is features unless the model says how many classes it knows
         classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_classes", None)
-        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] != classes:
-            raise InputError(f"{type(model).__name__} returns no scores of classes; pass a model with a classification head")
+        fits = scores.shape[1] == classes
+    if not fits:
+        raise InputError(f"{type(model).__name__} returns no scores of classes; pass a model with a classification head")
     return torch.softmax(scores.double().cpu(), dim=1).numpy()
 
 

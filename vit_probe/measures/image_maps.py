@@ -30,6 +30,7 @@ class ImageMaps(ABC):
     def __init__(self, grid: TokenGrid) -> None:
         self.grid = grid
         self._maps: list[np.ndarray] = []  # of each batch, (image, ..., row, col)
+        self._before = 0  # how many of them there were before the batch under way
 
     @property
     @abstractmethod
@@ -39,14 +40,15 @@ class ImageMaps(ABC):
     def begin_batch(self) -> None:
         """Marks where `roll_back` goes back to."""
         self._finish_batch()
+        self._before = len(self._maps)
 
     def end_batch(self) -> None:
         """Does what is left to do of the batch."""
         self._finish_batch()
 
-    @abstractmethod
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`."""
+        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        del self._maps[self._before :]
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here: arrays, and what JSON can hold."""

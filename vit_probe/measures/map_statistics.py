@@ -61,9 +61,10 @@ def map_correlation(
 
 
 def head_correlation(maps: Float[np.ndarray, "*images head row col"]) -> Float[np.ndarray, "*images head"]:
-    """Mean of the correlations of each head's map with those of the other heads; NaN where there is but one head.
+    """Mean of the correlations of each head's map with those of the other heads.
 
-    Its mean over the heads is the mean over all pairs of heads.
+    Its mean over the heads is the mean over all pairs of heads. NaN where there is but one head, and for all heads of an image
+    of which one map is constant, since the pairs with it have no correlation.
 
     Raises:
         InputError: If the maps have no axis for heads, or hold a value that is not finite.

@@ -32,6 +32,7 @@ class OfTokens(ABC):
         self.modules = list(modules)
         self._batch: list[np.ndarray] = []  # of each layer so far
         self._images = 0  # in the batch
+        self._before: dict[str, Any] = {}  # the attributes when the batch began; none of their values is changed in place
 
     @property
     @abstractmethod
@@ -68,8 +69,9 @@ class OfTokens(ABC):
         self._images = len(tokens)
 
     def begin_batch(self) -> None:
-        """Forgets what came of a batch that was not completed."""
+        """Marks where `roll_back` goes back to, and forgets what came of a batch that was not completed."""
         self._batch = []
+        self._before = {name: value for name, value in vars(self).items() if name not in ("_batch", "_before")}
 
     def end_batch(self) -> None:
         """Counts the batch in.
@@ -86,8 +88,9 @@ class OfTokens(ABC):
         self._add(batch, self._images)
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`."""
+        """Forgets what came since `begin_batch`, also where the batch had ended."""
         self._batch = []
+        vars(self).update(self._before)
 
     def _check_alike(self, other: Self) -> None:
         """Raise InputError unless `other` has the same layers and options."""

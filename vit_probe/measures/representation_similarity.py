@@ -267,9 +267,9 @@ class RepresentationSimilarity(OfTokens):
             return
         vectors = np.stack([centred_pairs(products) for products in batch])
         self._sums = self._sums + vectors @ vectors.T
-        self._sizes.append(images)
+        self._sizes = [*self._sizes, images]
         if self.keep:
-            self._kept.append(vectors)
+            self._kept = [*self._kept, vectors]
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -185,7 +185,8 @@ class AttentionRollout(ImageMaps):
             self._batch.add(tile.images, fused)
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`."""
+        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        super().roll_back()
         self._batch, self._fused = Product(), self._fuse()
 
     def state(self) -> dict[str, Any]:
