@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import typer
 
-from analyses.study import Finding, keep
+from analyses.study import Finding, are_local, in_first_third, keep
 from vit_probe import mean_attention_distance, steps
 from vit_probe.measures.receptive_field import ARCHITECTURES, plain_stack, receptive_field
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
@@ -45,8 +45,8 @@ def main(
 
 def _finding(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
     depth = int(heads["layer"].max()) + 1
-    third, heads = math.ceil(depth / 3), heads.assign(local=heads["distance"] < heads["uniform_distance"] / 2)
-    early, late = heads[heads["layer"] < third], heads[heads["layer"] >= depth - third]
+    third, heads = math.ceil(depth / 3), heads.assign(local=are_local(heads))
+    early, late = heads[in_first_third(heads)], heads[heads["layer"] >= depth - third]
     farthest, first = early["distance"].max(), heads.loc[heads["layer"] == 0, "distance"].max()
     plain = fields[fields["network"] == next(iter(NETWORKS))].iloc[-1]
     text = (

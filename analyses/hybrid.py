@@ -17,7 +17,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from analyses.study import Finding, keep
+from analyses.study import Finding, are_local, in_first_third, keep
 from analyses.train_variants import FOLDER
 from vit_probe import mean_attention_distance, steps, terminal
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
@@ -41,8 +41,8 @@ def main(
     results = {name: mean_attention_distance(network, photographs) for name, network in models.items()}
     frames = {name: result.to_dataframe() for name, result in results.items()}
     for frame in frames.values():
-        frame["local"] = frame.distance < frame.uniform_distance / 2
-    early = {name: frame[frame.layer < (frame.layer.max() + 1) / 3] for name, frame in frames.items()}
+        frame["local"] = are_local(frame)
+    early = {name: frame[in_first_third(frame)] for name, frame in frames.items()}
     share = {name: frame.local.mean() for name, frame in early.items()}
     grids = [(result.provenance["grid"]["rows"], result.provenance["grid"]["cols"]) for result in results.values()]
     if grids[0] != grids[1]:

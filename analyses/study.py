@@ -16,7 +16,7 @@ from vit_probe.files import write_bytes
 from vit_probe.output import root_figure
 from vit_probe.plots import save_figure
 
-__all__ = ["Finding", "keep"]
+__all__ = ["Finding", "are_local", "in_first_third", "keep"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Finding:
 
     text: str
     holds: bool
+
+
+def are_local(heads: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows of a table of attention distances are of heads that look near: less than half as far as uniform attention."""
+    return heads["distance"] < heads["uniform_distance"] / 2
+
+
+def in_first_third(heads: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows of a table of heads are of the first third of the layers, rounded up."""
+    return heads["layer"] < (heads["layer"].max() + 1) / 3
 
 
 def keep(

@@ -15,10 +15,8 @@ import pandas as pd
 import typer
 
 from analyses.study import Finding, keep
-from vit_probe import steps, terminal
-from vit_probe.measures.token_norms import TokenNorms
+from vit_probe import steps, terminal, token_norms
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
-from vit_probe.run import AttentionRun
 
 LARGE = 3e8  # parameters; ViT-L has 304 million, ViT-B 86
 
@@ -32,10 +30,7 @@ def main(
     """Draws how the norms of patch tokens are distributed in every layer, and finds the artifacts among them."""
     folder, formats, photographs = steps.prepare(images, None, out, limit, format)
     loaded = steps.load(model)
-    run = AttentionRun(loaded, photographs)
-    measure = TokenNorms(run.layers)
-    run.observe(measure)
-    result = measure.compute(run.provenance(measure.options))
+    result = token_norms(loaded, photographs)
     layers = result.to_dataframe()
     table = result.histogram().merge(layers.drop(columns=["module", "tokens"]), on="layer")
     finding = found(layers, sum(parameter.numel() for parameter in loaded.parameters()))

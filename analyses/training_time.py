@@ -18,7 +18,7 @@ import pandas as pd
 import typer
 from matplotlib.figure import Figure
 
-from analyses.study import Finding, keep
+from analyses.study import Finding, in_first_third, keep
 from vit_probe import InputError, mean_attention_distance, position_similarity, steps
 from vit_probe.measures.position_nearness import position_nearness
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
@@ -55,7 +55,7 @@ def main(
         distance, positions = mean_attention_distance(network, photographs), position_similarity(network)
         frames[title], maps[title], provenance[title] = distance.to_dataframe(), positions.similarity, distance.provenance
         heads = frames[title].distance
-        early = heads[frames[title].layer < len(distance.distance) / 3]
+        early = heads[in_first_third(frames[title])]
         rows.append(
             dict(epoch=epoch, early_nearest=early.min(), early_farthest=early.max(), early_mean=early.mean(), mean=heads.mean())
             | dict(uniform_distance=distance.uniform_distance[0], neighbours=positions.summary()["neighbours"].iloc[0])

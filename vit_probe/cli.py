@@ -225,7 +225,8 @@ def rollout(
     """Attention rollout: what reaches the class token, over each photograph."""
     processes: Processes = context.obj
     with processes.together():
-        from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout
+        from vit_probe.measures.image_maps import SHOWN_IMAGES
+        from vit_probe.measures.rollout import AttentionRollout
         from vit_probe.output import write_analysis
 
         if not 0 <= discard_ratio < 1:

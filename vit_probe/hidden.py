@@ -85,14 +85,13 @@ class _Passing:
     def show(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         found, name = self._found, self._found.layers[layer]
         given = first_tensor((*args, *kwargs.values()))
-        windows = found.windows.get(layer)
-        grid = windows.grid if windows else found.grid
+        grid = found.grid_of(layer)
         if layer != self._next or not self._takes_what_was_passed(given, grid, name):
             raise InputError(
                 f"the block around {name} does not take the tokens from the block before it; what that one returns is not what "
                 "passes from layer to layer"
             )
-        passed = first_tensor(output if isinstance(output, list | tuple) else (output,))
+        passed = first_tensor(output)
         tokens = as_sequence(passed, self._images, grid, name)
         for observer in self._observers:
             observer.update_tokens(layer, tokens)

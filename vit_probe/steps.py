@@ -66,7 +66,7 @@ def open_run(
     """The output folder, the formats, and the pass of the photographs through the model, before anything is measured."""
     folder, endings, photographs = prepare(images, more, out, limit, formats)
     loaded = load(model)
-    from vit_probe.measures.rollout import SHOWN_IMAGES
+    from vit_probe.measures.image_maps import SHOWN_IMAGES
     from vit_probe.run import AttentionRun
 
     run = AttentionRun(

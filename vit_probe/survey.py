@@ -38,6 +38,11 @@ class Survey:
     skipped: dict[str, str]
     windows: dict[int, Windows]
 
+    def grid_of(self, layer: int) -> TokenGrid:
+        """Where the tokens of a layer lie, as its windows tell where it has any."""
+        windows = self.windows.get(layer)
+        return windows.grid if windows else self.grid
+
 
 def find_token_grid(model: nn.Module, height: int, width: int) -> TokenGrid:
     """The grid of the tokens that `model` makes of an image of `height` x `width` pixels, checked as `survey` does."""

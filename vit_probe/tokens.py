@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -47,7 +47,7 @@ def patch_tokens(
         raise _Reached
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        passed.append(first_tensor(output if isinstance(output, list | tuple) else (output,)))
+        passed.append(first_tensor(output))
         raise _Reached
 
     if after_layers == 0:
@@ -59,8 +59,7 @@ def patch_tokens(
             model(images.to(first_parameter(model)))
     finally:
         handle.remove()
-    windows = found.windows.get(layer)
-    grid = windows.grid if windows else found.grid
+    grid = found.grid_of(layer)
     return as_sequence(passed[0] if passed else None, len(images), grid, found.layers[layer]), grid
 
 
@@ -84,8 +83,10 @@ def block_path(model: nn.Module, found: Survey, layer: int) -> str:
     raise InputError(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
 
 
-def first_tensor(values: Iterable[Any]) -> Tensor | None:
-    """The first tensor of numbers that are not whole among what a module is given or returns; None if there is none."""
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor of numbers that are not whole in what a module is given or returns, one or several; None if none is."""
+    if not isinstance(values, list | tuple):
+        values = (values,)
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 

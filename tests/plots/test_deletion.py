@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots.deletion import plot_deletion
 
@@ -37,12 +38,8 @@ def test_every_text_is_inside_the_figure() -> None:
     ticks = [tick.label1 for axis in (axes.xaxis, axes.yaxis) for tick in axis._update_ticks()]  # those that are drawn
     legend = axes.get_legend()
     assert legend is not None
-    for text in (*ticks, axes.xaxis.label, axes.yaxis.label, *legend.get_texts(), legend.get_title()):
-        box = text.get_window_extent()
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= axes.figure.bbox.x1
-        assert box.y1 <= axes.figure.bbox.y1
+    texts = (*ticks, axes.xaxis.label, axes.yaxis.label, *legend.get_texts(), legend.get_title())
+    assert_inside(axes.figure, (text.get_window_extent() for text in texts))
 
 
 def test_draws_on_the_axes_it_is_given() -> None:

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tests.plots.layout import assert_inside
 from vit_probe.plots import FORMATS, plot_figure7, save_figure
 
 
@@ -47,12 +48,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(
     figure = plot_figure7(filters, similarity if with_table else None, frame)
     figure.draw_without_rendering()
     boxes = [axes.get_tightbbox() for axes in figure.axes[:3]]
-    for box in boxes:
-        assert box is not None
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
+    assert_inside(figure, boxes)
     assert boxes[0].x1 <= boxes[1].x0
     assert boxes[1].x1 <= boxes[2].x0
     sizes = [

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import FORMATS, plot_patch_filters, save_figure
 from vit_probe.plots.filter_panels import plot_filter_panels
@@ -42,12 +43,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(count: int, size: tuple[int, in
     figure = plot_filter_panels({f"{'long name ' * 6}{index}\n(28 components)": filters for index in range(count)})
     figure.draw_without_rendering()
     boxes = [axes.get_tightbbox() for axes in figure.axes]
-    for box in boxes:
-        assert box is not None
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
+    assert_inside(figure, boxes)
     assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))  # type: ignore[union-attr]
     assert all(axes.title.get_fontsize() >= 8 for axes in figure.axes)
     assert all(axes.get_title().endswith("\n(28 components)") for axes in figure.axes)

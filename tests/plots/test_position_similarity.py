@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import plot_position_similarity
 from vit_probe.plots.position_similarity import plot_position_similarities
@@ -108,11 +109,7 @@ def test_every_text_is_inside_the_figure_and_ticks_apart(rows: int, cols: int) -
     figure.draw_without_rendering()
     (bar,) = axes.child_axes
     texts = [axes.title, axes.xaxis.label, axes.yaxis.label, bar.yaxis.label, *bar.get_yticklabels()]
-    for box in (text.get_window_extent() for text in texts):
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
+    assert_inside(figure, (text.get_window_extent() for text in texts))
     across = [text.get_window_extent() for text in axes.get_xticklabels()]
     down = [text.get_window_extent() for text in axes.get_yticklabels()]
     assert all(left.x1 < right.x0 for left, right in pairwise(across))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import FORMATS, save_figure
 from vit_probe.plots.receptive_field import plot_attention_beside_convolutions, plot_receptive_field
@@ -118,12 +119,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(frame: pd.DataFrame, fields: pd
     figure.draw_without_rendering()
     left, right = figure.axes[:2]
     boxes = [axes.get_tightbbox() for axes in (left, right)] + [figure.legends[0].get_window_extent()]
-    for box in boxes:
-        assert box is not None
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
+    assert_inside(figure, boxes)
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
     ticks = [label.get_window_extent() for label in right.get_xticklabels() if label.get_text()]
     assert not any(one.overlaps(other) for one, other in combinations(ticks, 2))

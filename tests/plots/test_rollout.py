@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from numpy.typing import NDArray
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import attention_over_black, plot_rollout
 
@@ -192,11 +193,7 @@ def test_every_text_is_inside_the_figure(kind: Any, count: int) -> None:
     axes.figure.draw_without_rendering()
     bars = axes.child_axes
     texts = [*axes.get_xticklabels(), *(text for bar in bars for text in (*bar.get_yticklabels(), bar.yaxis.label))]
-    for box in (text.get_window_extent() for text in texts):
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= axes.figure.bbox.x1
-        assert box.y1 <= axes.figure.bbox.y1
+    assert_inside(axes.figure, (text.get_window_extent() for text in texts))
 
 
 def test_draws_on_the_axes_it_is_given() -> None:

@@ -19,12 +19,13 @@ from vit_probe.measures.attention_distance import AttentionDistance, AttentionDi
 from vit_probe.measures.attention_entropy import AttentionEntropy, AttentionEntropyResult
 from vit_probe.measures.class_attention import ClassAttention, ClassAttentionResult
 from vit_probe.measures.filter_smoothness import low_frequency_share
+from vit_probe.measures.image_maps import SHOWN_IMAGES
 from vit_probe.measures.map_statistics import head_correlation
 from vit_probe.measures.patch_filters import PatchFiltersResult, patch_filters
 from vit_probe.measures.position_nearness import position_nearness
 from vit_probe.measures.position_similarity import PositionSimilarityResult, position_similarity
 from vit_probe.measures.representation_similarity import RepresentationSimilarity, RepresentationSimilarityResult
-from vit_probe.measures.rollout import SHOWN_IMAGES, AttentionRollout, AttentionRolloutResult
+from vit_probe.measures.rollout import AttentionRollout, AttentionRolloutResult
 from vit_probe.measures.token_norms import TokenNorms, TokenNormsResult
 from vit_probe.results import Result
 from vit_probe.run import AttentionRun

@@ -24,7 +24,7 @@ from vit_probe.tiles import AttentionInputs, AttentionTile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["SHOWN_IMAGES", "AttentionRollout", "AttentionRolloutResult", "HeadFusion", "attention_rollout"]
+__all__ = ["AttentionRollout", "AttentionRolloutResult", "HeadFusion", "attention_rollout"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vit_probe.errors import InputError
 from vit_probe.plots.heads import HeadQuantity, dots_against_depth, slim_bar, uniform_by_layer
 from vit_probe.plots.style import drawing_axes, figure_size
+from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["plot_attention_entropy", "plot_entropy_and_distance"]
 
@@ -67,13 +67,9 @@ def plot_entropy_and_distance(frame: pd.DataFrame, *, ax: Axes | None = None) ->
     Raises:
         InputError: If columns are missing, or there is no row.
     """
-    missing = [name for name in _JOINT if name not in frame.columns]
-    if missing:
-        raise InputError(
-            f"the table of distances and entropies lacks the columns {', '.join(missing)}; pass what head_table gives"
-        )
-    if frame.empty:
-        raise InputError("the table of distances and entropies has no rows; measure at least one head")
+    what = "the table of distances and entropies"
+    check_columns(frame, _JOINT, what, "pass what head_table gives")
+    check_rows(frame, what, "measure at least one head")
     uniform = frame[["uniform_distance", "uniform_entropy"]].drop_duplicates().to_numpy(dtype=float)
     layer, distance, entropy = (frame[name].to_numpy(dtype=float) for name in ("layer", "distance", "entropy"))
     first, last = int(layer.min()), int(layer.max())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
 from vit_probe.plots.mosaic import bare, centres, inches_per_pixel, mosaic
-from vit_probe.plots.rollout import attention_over_black
+from vit_probe.plots.rollout import as_bytes, attention_over_black, checked_maps
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text, text_inches
 
 __all__ = ["plot_class_attention"]
@@ -56,7 +56,7 @@ def plot_class_attention(
     References:
         Caron et al. 2021, arXiv:2104.14294, figures 1 and 3; Dosovitskiy et al. 2021, arXiv:2010.11929, figures 6 and 14.
     """
-    values = _checked_maps(maps)
+    values = checked_maps(maps, "attention", ("image", "head", "row", "col"))
     chosen = _checked_heads(heads, values.shape[1])
     _check_beside("photographs", images, (len(values), None, None, 3))
     _check_beside("rollout maps", rollout, (len(values), *values.shape[2:]))
@@ -109,17 +109,9 @@ def _head_names(heads: Sequence[int], inches: float) -> list[str]:
 
 
 def _shown(photograph: NDArray[np.uint8] | None, attention: NDArray[Any]) -> NDArray[np.uint8]:
-    colours = _VIRIDIS(Normalize()(attention))[..., :3] if photograph is None else attention_over_black(photograph, attention)
-    return np.rint(np.asarray(colours) * 255).astype(np.uint8)
-
-
-def _checked_maps(maps: NDArray[Any]) -> NDArray[np.float64]:
-    values = np.asarray(maps, dtype=np.float64)
-    if values.ndim != 4 or 0 in values.shape:
-        raise InputError(f"attention maps have shape {values.shape}; they must be (image, head, row, col), none empty")
-    if not np.isfinite(values).all():
-        raise InputError("attention maps hold values that are not finite; check the model's weights and images")
-    return values
+    if photograph is None:
+        return as_bytes(_VIRIDIS(Normalize()(attention))[..., :3])
+    return as_bytes(attention_over_black(photograph, attention))
 
 
 def _checked_heads(heads: Sequence[int] | None, count: int) -> list[int]:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from vit_probe.errors import InputError
 from vit_probe.plots.mosaic import bare
 from vit_probe.plots.style import OKABE_ITO, WIDTHS, drawing_axes, figure_size, style, text_inches
+from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["Panel", "plot_comparison", "plot_range"]
 
@@ -110,10 +111,9 @@ def plot_range(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Raises:
         InputError: If columns are missing, or there is no row.
     """
-    if missing := [name for name in ("layer", "lowest", "median", "highest") if name not in frame.columns]:
-        raise InputError(f"the table of ranges lacks the columns {', '.join(missing)}; token_norms gives such a table")
-    if frame.empty:
-        raise InputError("the table of ranges has no rows; measure at least one layer")
+    what = "the table of ranges"
+    check_columns(frame, ("layer", "lowest", "median", "highest"), what, "token_norms gives such a table")
+    check_rows(frame, what, "measure at least one layer")
     with drawing_axes(ax, figure_size("icml")) as axes:
         axes.fill_between(frame["layer"], frame["lowest"], frame["highest"], color=OKABE_ITO[4], alpha=0.5, linewidth=0)
         axes.plot(frame["layer"], frame["median"], color=OKABE_ITO[0], marker=".", markersize=4)

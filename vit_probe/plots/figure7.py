@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from vit_probe.plots.attention_distance import plot_attention_distance
-from vit_probe.plots.mosaic import bare
+from vit_probe.plots.mosaic import say_instead
 from vit_probe.plots.patch_filters import plot_patch_filters
 from vit_probe.plots.position_similarity import TITLE, plot_position_similarity
 from vit_probe.plots.style import WIDTHS, style
@@ -56,11 +56,7 @@ def plot_figure7(
     components = "principal component" if len(filters) == 1 else f"{len(filters)} principal components"
     plot_patch_filters(filters, title=f"RGB embedding filters\n(first {components})", ax=left)
     if similarity is None:
-        bare(centre)
-        centre.set_facecolor("#F3F3F3")
-        centre.set_box_aspect(1)
-        centre.set_title(similarity_title)
-        centre.text(0.5, 0.5, "Positions of this model\ncannot be compared.", ha="center", va="center")
+        say_instead(centre, similarity_title, "Positions of this model\ncannot be compared.")
     else:
         plot_position_similarity(similarity, title=similarity_title, ax=centre)
     plot_attention_distance(frame, ax=right)

@@ -16,7 +16,9 @@ from matplotlib.ticker import MultipleLocator
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
+from vit_probe.plots.bars import axes_inches, bar_beside
 from vit_probe.plots.style import text_inches
+from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["UNIFORM_LINE", "HeadQuantity", "dots_against_depth", "slim_bar", "uniform_by_layer", "whole_numbers"]
 
@@ -25,6 +27,7 @@ _LEGEND_BAND = 1.17  # the axis ends so much above the highest mark, and the leg
 _LEGEND_WIDTH = 0.88  # of the axes, the rest being kept for a layout that is yet to narrow them
 _MOST_LEGEND = 0.5  # of the axes' height
 _TICK_INCHES = 0.21  # what a number of two digits needs
+_BAR_INCHES = 0.07
 _ENDS_INCHES = 0.15  # of a colour bar, which the numbers at its two ends take
 _DODGE = 0.6  # of the room between two layers, over which error bars are spread
 _PALE_TO_BLUE = LinearSegmentedColormap.from_list("pale_to_blue", ["white", "#0072B2"])
@@ -111,14 +114,9 @@ def uniform_by_layer(frame: pd.DataFrame, quantity: HeadQuantity) -> pd.Series[f
     Raises:
         InputError: If columns are missing, there is no row, or the rows of a layer come from several grids.
     """
-    missing = [name for name in quantity.columns if name not in frame.columns]
-    if missing:
-        raise InputError(
-            f"the table of attention {quantity.plural} lacks the columns {', '.join(missing)}; "
-            f"pass what the result of {quantity.measure} gives as to_dataframe()"
-        )
-    if frame.empty:
-        raise InputError(f"the table of attention {quantity.plural} has no rows; measure at least one head")
+    what = f"the table of attention {quantity.plural}"
+    check_columns(frame, quantity.columns, what, f"pass what the result of {quantity.measure} gives as to_dataframe()")
+    check_rows(frame, what, "measure at least one head")
     uniform = frame.groupby("layer")[f"uniform_{quantity.column}"].agg(["min", "max"]).astype(float)
     if not np.allclose(uniform["min"], uniform["max"]):
         layer = int(np.argmax(uniform["max"] - uniform["min"]))
@@ -135,9 +133,8 @@ def slim_bar(axes: Axes, marks: ScalarMappable, label: str, ticks: list[int]) ->
 
     Beside low axes the first word of the label is left out.
     """
-    thickness = 0.07 / _inches(axes)
-    bar = axes.figure.colorbar(marks, cax=axes.inset_axes((1 + thickness, 0.0, thickness, 1.0)), ticks=ticks)
-    if " " in label and text_inches(label) > axes.get_window_extent().height / axes.figure.dpi - _ENDS_INCHES:
+    bar = bar_beside(axes, marks, _BAR_INCHES, ticks=ticks)
+    if " " in label and text_inches(label) > axes_inches(axes)[1] - _ENDS_INCHES:
         label = label.partition(" ")[2].capitalize()
     bar.set_label(label, labelpad=-3)
 
@@ -145,11 +142,7 @@ def slim_bar(axes: Axes, marks: ScalarMappable, label: str, ticks: list[int]) ->
 def whole_numbers(axes: Axes, lowest: float, highest: float) -> None:
     """Limit the horizontal axis, and number as many of its whole numbers as have room."""
     axes.set_xlim(lowest, highest)
-    axes.xaxis.set_major_locator(MultipleLocator(math.ceil(_TICK_INCHES * (highest - lowest) / _inches(axes))))
-
-
-def _inches(axes: Axes) -> float:
-    return float(axes.get_window_extent().width / axes.figure.dpi)
+    axes.xaxis.set_major_locator(MultipleLocator(math.ceil(_TICK_INCHES * (highest - lowest) / axes_inches(axes)[0])))
 
 
 def _fitting_legend(axes: Axes) -> Legend:
@@ -171,5 +164,5 @@ def _above_marks(axes: Axes, legend: Legend) -> float:
 
 def _dot_size(axes: Axes, layer: NDArray[np.float64], spread: bool) -> float:
     """Area of a dot in square points: smaller where layers crowd, so that neighbours stay apart."""
-    pitch = _inches(axes) / (layer.max() - layer.min() + 1.2)
+    pitch = axes_inches(axes)[0] / (layer.max() - layer.min() + 1.2)
     return float(np.clip(0.75 * 72 * pitch, 2.5, 3.4 if spread else 4.2) ** 2)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-__all__ = ["arrange", "bar_axes", "bare", "centres", "inches_per_pixel", "mosaic"]
+__all__ = ["arrange", "bar_axes", "bare", "centres", "inches_per_pixel", "mosaic", "say_instead"]
 
 _SHORTEST_BAR = 0.34  # inches; the numbers at the two ends of a shorter colour bar would collide
 
@@ -64,3 +64,10 @@ def bare(ax: Axes) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
+
+
+def say_instead(ax: Axes, title: str, text: str) -> None:
+    """A grey square with a few words, in place of a picture that there is none of."""
+    bare(ax)
+    ax.set(title=title, facecolor="#F3F3F3", box_aspect=1)
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import bar_axes, bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.mosaic import bar_axes, centres, inches_per_pixel, mosaic, say_instead
 from vit_probe.plots.panels import label_across, panel_row, title_inches
 from vit_probe.plots.style import WIDTHS, drawing_axes, style
 
@@ -135,9 +135,7 @@ def plot_position_similarities(
     drawn = [panel for panel, similarity in zip(panels, maps.values(), strict=True) if similarity is not None]
     for panel, (title, similarity) in zip(panels, maps.items(), strict=True):
         if similarity is None:
-            bare(panel)
-            panel.set(title=title, facecolor="#F3F3F3", box_aspect=1)
-            panel.text(0.5, 0.5, "No positions\nto compare", ha="center", va="center", transform=panel.transAxes)
+            say_instead(panel, title, "No positions\nto compare")
         else:
             plot_position_similarity(similarity, tiles=tiles, title=title, colorbar=panel is drawn[-1], ax=panel)
         panel.title.set_fontsize(_TITLE_POINTS)

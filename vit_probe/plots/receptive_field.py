@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from vit_probe.errors import InputError
 from vit_probe.plots.attention_distance import plot_attention_distance
 from vit_probe.plots.style import OKABE_ITO, drawing_axes, figure_size, style
+from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["plot_attention_beside_convolutions", "plot_receptive_field"]
 
@@ -114,10 +114,7 @@ def _draw(axes: Axes, frame: pd.DataFrame) -> list[Line2D]:
 
 
 def _check(frame: pd.DataFrame) -> None:
-    if missing := [name for name in _COLUMNS if name not in frame.columns]:
-        raise InputError(
-            f"the table of receptive fields lacks the columns {', '.join(missing)}; "
-            "pass what the result of receptive_field gives as to_dataframe(), of several networks one below the other"
-        )
-    if frame.empty:
-        raise InputError("the table of receptive fields has no rows; give at least one layer")
+    what = "the table of receptive fields"
+    remedy = "pass what the result of receptive_field gives as to_dataframe(), of several networks one below the other"
+    check_columns(frame, _COLUMNS, what, remedy)
+    check_rows(frame, what, "give at least one layer")

@@ -15,6 +15,7 @@ from matplotlib.ticker import MultipleLocator
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
+from vit_probe.plots.bars import axes_inches, bar_beside
 from vit_probe.plots.style import WIDTHS, drawing_axes, style
 
 __all__ = ["SimilarityPanel", "plot_representation_similarities", "plot_representation_similarity"]
@@ -73,9 +74,7 @@ def plot_representation_similarity(
     with drawing_axes(ax, (WIDTHS["icml"], 2.75)) as axes:
         image = _draw(axes, SimilarityPanel(similarity, title, down, across))
         if colorbar:
-            thickness = _BAR_INCHES / _inches(axes)
-            bar = axes.figure.colorbar(image, cax=axes.inset_axes((1 + thickness, 0.0, thickness, 1.0)))
-            _finish_bar(bar)
+            _bar(axes, image)
     return axes
 
 
@@ -104,9 +103,7 @@ def plot_representation_similarities(panels: Sequence[SimilarityPanel], *, figur
             return plot_representation_similarities(panels, figure=figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     images = [_draw(one, panel) for one, panel in zip(axes, panels, strict=True)]
-    thickness = _BAR_INCHES / _inches(axes[-1])
-    bar = figure.colorbar(images[-1], cax=axes[-1].inset_axes((1 + thickness, 0.0, thickness, 1.0)))
-    _finish_bar(bar)
+    _bar(axes[-1], images[-1])
     return figure
 
 
@@ -121,18 +118,14 @@ def _draw(axes: Axes, panel: SimilarityPanel) -> AxesImage:
         )
     image = axes.imshow(values, origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest", aspect="equal")
     for axis, length, label in ((axes.yaxis, values.shape[0], panel.down), (axes.xaxis, values.shape[1], panel.across)):
-        axis.set_major_locator(MultipleLocator(math.ceil(_TICK_INCHES * length / min(_inches(axes), _inches(axes, 1)))))
+        axis.set_major_locator(MultipleLocator(math.ceil(_TICK_INCHES * length / min(axes_inches(axes)))))
         axis.set_label_text(label)
     axes.set_title(panel.title)
     axes.spines[:].set_visible(False)
     return image
 
 
-def _finish_bar(bar: Any) -> None:
+def _bar(axes: Axes, image: AxesImage) -> None:
+    bar: Any = bar_beside(axes, image, _BAR_INCHES)
     bar.set_label(_BAR_LABEL)
     bar.outline.set_visible(False)
-
-
-def _inches(axes: Axes, side: int = 0) -> float:
-    """Width of the axes, or, with 1, their height."""
-    return float(axes.get_window_extent().size[side] / axes.figure.dpi)

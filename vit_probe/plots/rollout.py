@@ -19,7 +19,9 @@ from vit_probe.errors import InputError
 from vit_probe.plots.mosaic import arrange, bar_axes, bare, centres, inches_per_pixel, mosaic
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text
 
-__all__ = ["attention_over_black", "plot_rollout"]
+__all__ = ["as_bytes", "attention_over_black", "checked_maps", "plot_rollout"]
+
+_AXES = ("image", "row", "col")
 
 _HEADINGS = ("Input", "Attention")
 _HEADING_INCHES = 0.6  # what "Attention" takes at 8 pt, with room on both sides
@@ -53,7 +55,7 @@ def attention_over_black(image: NDArray[np.uint8], attention: NDArray[Any]) -> N
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, figure 6 and appendix D.8.
     """
-    maps = _checked_maps(np.asarray(attention)[None])
+    maps = checked_maps(np.asarray(attention)[None], "rollout", _AXES)
     picture = _checked_images(np.asarray(image)[None], 1)[0]
     return np.asarray(_heat(maps[0], picture.shape[:2])[..., None] * (picture / 255.0))
 
@@ -88,7 +90,7 @@ def plot_rollout(
     References:
         Abnar & Zuidema 2020, arXiv:2005.00928; Dosovitskiy et al. 2021, arXiv:2010.11929, figures 6 and 14.
     """
-    values = _checked_maps(maps)
+    values = checked_maps(maps, "rollout", _AXES)
     pictures = None if images is None else _checked_images(images, len(values))
     _check_options(len(values), kind, titles, columns)
     tiles, half = _tiles(values, pictures, kind)
@@ -157,7 +159,7 @@ def _bar(axes: Axes, width: float, height: float) -> None:
 def _tiles(maps: NDArray[np.float64], images: NDArray[np.uint8] | None, kind: str) -> tuple[NDArray[np.uint8], int]:
     """Each map's tile, (image, height, width, 3) in uint8, and the width of one of its halves."""
     if images is None:
-        return _bytes(np.stack([_VIRIDIS(_scaled(one))[..., :3] for one in maps])), maps.shape[2]
+        return as_bytes(np.stack([_VIRIDIS(_scaled(one))[..., :3] for one in maps])), maps.shape[2]
     count, height, width = images.shape[:3]
     gap = max(1, round(0.03 * width))
     tiles = np.full((count, height, 2 * width + gap, 3), 255, dtype=np.uint8)
@@ -165,14 +167,15 @@ def _tiles(maps: NDArray[np.float64], images: NDArray[np.uint8] | None, kind: st
         heat = _heat(one, (height, width))
         tile[:, :width] = image
         if kind == "pairs":
-            tile[:, -width:] = _bytes(heat[..., None] * (image / 255.0))
+            tile[:, -width:] = as_bytes(heat[..., None] * (image / 255.0))
         else:
             grey = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255.0
-            tile[:, -width:] = _bytes(_OVERLAY * _VIRIDIS(heat)[..., :3] + (1 - _OVERLAY) * grey)
+            tile[:, -width:] = as_bytes(_OVERLAY * _VIRIDIS(heat)[..., :3] + (1 - _OVERLAY) * grey)
     return tiles, width
 
 
-def _bytes(colours: NDArray[np.float64]) -> NDArray[np.uint8]:
+def as_bytes(colours: NDArray[Any]) -> NDArray[np.uint8]:
+    """Colours in [0, 1] as a picture holds them."""
     return np.rint(colours * 255).astype(np.uint8)
 
 
@@ -192,12 +195,13 @@ def _scaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((values - lowest) / (highest - lowest))
 
 
-def _checked_maps(maps: NDArray[Any]) -> NDArray[np.float64]:
+def checked_maps(maps: NDArray[Any], what: str, axes: Sequence[str]) -> NDArray[np.float64]:
+    """Maps in float64; InputError, which calls them `what`, if they do not have these axes or are not finite."""
     values = np.asarray(maps, dtype=np.float64)
-    if values.ndim != 3 or 0 in values.shape:
-        raise InputError(f"rollout maps have shape {values.shape}; they must be (image, row, col), none empty")
+    if values.ndim != len(axes) or 0 in values.shape:
+        raise InputError(f"{what} maps have shape {values.shape}; they must be ({', '.join(axes)}), none empty")
     if not np.isfinite(values).all():
-        raise InputError("rollout maps hold values that are not finite; check the model's weights and images")
+        raise InputError(f"{what} maps hold values that are not finite; check the model's weights and images")
     return values
 
 

@@ -12,7 +12,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleL
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
+from vit_probe.plots.bars import axes_inches, bar_beside
 from vit_probe.plots.style import drawing_axes, figure_size
+from vit_probe.plots.tables import check_columns
 
 __all__ = ["plot_token_norms"]
 
@@ -69,9 +71,7 @@ def plot_token_norms(histogram: pd.DataFrame, layers: pd.DataFrame, *, ax: Axes 
         axes.xaxis.set_major_locator(MultipleLocator(_step(axes, len(number))))
         axes.set_xlabel("Network depth (layer)")
         axes.set_ylabel("Norm of patch tokens")
-        thickness = _BAR_INCHES / _inches(axes)
-        bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1 + thickness, 0.0, thickness, 1.0)))
-        bar.set_label("Part of the layer's tokens")
+        bar_beside(axes, mesh, _BAR_INCHES).set_label("Part of the layer's tokens")
         axes.legend(loc="upper left", facecolor="white", frameon=True, framealpha=0.9, edgecolor="none")
     return axes
 
@@ -98,22 +98,14 @@ def _number_norms(axes: Axes, edges: NDArray[np.float64]) -> None:
 
 def _step(axes: Axes, layers: int) -> int:
     """Every how many layers there is room for a number."""
-    return math.ceil(_TICK_INCHES * layers / _inches(axes))
-
-
-def _inches(axes: Axes) -> float:
-    return float(axes.get_window_extent().width / axes.figure.dpi)
+    return math.ceil(_TICK_INCHES * layers / axes_inches(axes)[0])
 
 
 def _table(histogram: pd.DataFrame, layers: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Layers, edges of the bins, and (layer, bin) parts, once the frames are seen to be ones that can be drawn."""
+    remedy = "pass what the result of token_norms gives as histogram() and to_dataframe()"
     for frame, columns, what in ((histogram, _COLUMNS, "histogram"), (layers, _LAYER_COLUMNS, "table")):
-        missing = [name for name in columns if name not in frame.columns]
-        if missing:
-            raise InputError(
-                f"the {what} of token norms lacks the columns {', '.join(missing)}; pass what the result of token_norms gives "
-                "as histogram() and to_dataframe()"
-            )
+        check_columns(frame, columns, f"the {what} of token norms", remedy)
     if histogram.empty or sorted(layers["layer"]) != sorted(histogram["layer"].unique()):
         raise InputError("the histogram and the table of token norms must have rows of the same layers, one layer at least")
     wide = histogram.pivot(index="layer", columns="norm_from", values="part")

@@ -1,0 +1,18 @@
+"""Where things are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from matplotlib.figure import Figure
+from matplotlib.transforms import BboxBase
+
+
+def assert_inside(figure: Figure, boxes: Iterable[BboxBase | None]) -> None:
+    """Nothing is cut off at an edge of the figure."""
+    for box in boxes:
+        assert box is not None
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
