@@ -19,6 +19,7 @@ from tests.families.timm import swin as timm_swin
 from tests.models import FAMILIES, Family, images, small_vit, swin
 from tests.test_hooks import leaves_nothing
 from tests.test_processes import ends, start
+from tests.test_tokens import TokenFirst
 from vit_probe import InputError
 from vit_probe.errors import AssumptionWarning
 from vit_probe.hidden import TokenObserver, token_hooks
@@ -123,6 +124,16 @@ def test_merged_patches_of_transformers() -> None:
         np.testing.assert_allclose(seen.of(layer), tokens.numpy(), rtol=0, atol=1e-5)
 
 
+def test_tokens_before_images() -> None:
+    """In batches of as many images as there are tokens, too, nine, whose shape does not tell which come first."""
+    torch.manual_seed(0)
+    model, x = TokenFirst().eval(), images(batch=20)
+    with torch.no_grad():
+        expected = model(x).transpose(0, 1)
+    run(model, x, batch_size=9).observe(seen := Tokens())
+    np.testing.assert_allclose(seen.of(1), expected.numpy(), rtol=0, atol=1e-5)
+
+
 # One pass for attention and tokens, and no further than it must
 
 
@@ -196,6 +207,24 @@ class Hungry(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
         return self.inner(x)
+
+
+def test_no_fewer_images_at_once_than_a_measure_needs() -> None:
+    """And where memory does not hold so many, the run ends at once, beside a measure that takes any number."""
+    model = Hungry(4)
+    attention = run(model, images(batch=13), batch_size=7)
+    model.sizes.clear()
+    norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
+    with pytest.warns(AssumptionWarning, match="memory does not hold 7 images"):
+        attention.observe(norms, similarity)
+    assert model.sizes == [7, 4, 3, 4, 2]
+    found = similarity.compute()
+    assert (found.num_images, found.num_left_out, norms.compute().num_images) == (8, 5, 13)
+    model.most = 3
+    message = "memory does not hold 4 images, and a measure needs batches of 4 or more; choose a device with more memory"
+    with pytest.raises(InputError, match=message):
+        attention.observe(TokenNorms(attention.layers), RepresentationSimilarity(attention.layers))
+    assert model.sizes[5:] == [4]
 
 
 def measured(model: nn.Module, x: Any, **options: Any) -> np.ndarray:

@@ -63,8 +63,27 @@ def test_training_mode_and_gradients_are_left_alone() -> None:
 
 
 def test_one_layer_has_a_block_too() -> None:
+    """Not the encoder around it, which holds the final norm in torchvision's models and adds the positions."""
+    from torchvision.models import VisionTransformer
+
     model = small_vit(depth=1)
     assert block_path(model, survey(model, 24, 24), 0) == "blocks.0"
+    sizes = dict(image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32)
+    other = VisionTransformer(**sizes).eval()
+    assert block_path(other, survey(other, 32, 32), 0) == "encoder.layers.encoder_layer_0"
+
+
+def test_one_layer_in_no_list() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.block = nn.Conv2d(3, 8, 8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.patch_embed(x).flatten(2).mT)
+
+    model = Alone().eval()
+    assert block_path(model, survey(model, 24, 24), 0) == "block"
 
 
 class Plain(nn.Module):
@@ -109,3 +128,42 @@ def test_blocks_that_pass_on_something_else() -> None:
         InputError, match=r"the block around attn passes on a tensor of shape \(3, 1, 9, 8\), which does not hold"
     ):
         patch_tokens(model, images(), found, 1)
+
+
+class TokenFirst(nn.Module):
+    """Two blocks of torch that put the tokens before the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 16, 8, 8)
+        blocks = [nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, norm_first=True) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed(x).flatten(2).permute(2, 0, 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+@pytest.mark.parametrize("count", [1, 4, 9, 12])
+def test_tokens_before_images(count: int) -> None:
+    """Also where a batch has as many images as there are tokens, nine, whose shape does not tell."""
+    torch.manual_seed(0)
+    model, x = TokenFirst().eval(), images(batch=count)
+    found = survey(model, 24, 24)
+    assert {"blocks.0", "blocks.1"} <= found.token_first
+    with torch.no_grad():
+        expected = model(x).transpose(0, 1)
+    tokens, _ = patch_tokens(model, x, found, 2)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+
+
+def test_images_before_tokens_though_as_many() -> None:
+    model = small_vit()
+    found = survey(model, 24, 24)
+    assert not found.token_first
+    x = images(batch=found.grid.num_tokens)
+    tokens, _ = patch_tokens(model, x, found, 2)
+    first, _ = patch_tokens(model, x[:1], found, 2)
+    torch.testing.assert_close(tokens[:1], first, rtol=0, atol=1e-5)

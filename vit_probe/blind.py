@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vit_probe.geometry import TokenGrid, first_parameter, input_channels
+from vit_probe.geometry import TokenGrid, first_parameter, first_tensor, input_channels
 from vit_probe.routing import AttentionCall, AttentionRouter, ForwardStopped, intercepted
 
 __all__ = ["BlindModel", "Places"]
@@ -51,6 +52,7 @@ class BlindModel(AttentionRouter):
         blank: By layer, a few numbers that stand for each token's query, and for its key, when the whole image is blank.
         filled: The same when it is filled with noise.
         masked: By layer with a mask and windows, which tokens of a window the mask hides from each other.
+        token_first: Module paths of whatever returns tensors with the one image in the second place.
     """
 
     def __init__(self, model: nn.Module, height: int, width: int) -> None:
@@ -58,6 +60,7 @@ class BlindModel(AttentionRouter):
         self.blank: dict[int, Float[Tensor, "window token 8"]] = {}
         self.filled: dict[int, Float[Tensor, "window token 8"]] = {}
         self.masked: dict[int, Bool[Tensor, "window query key"]] = {}
+        self.token_first: set[str] = set()
         self._model = model
         self._seen: dict[int, Tensor] = {}
         shape = (1, input_channels(model), height, width)
@@ -65,8 +68,15 @@ class BlindModel(AttentionRouter):
         self._noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(first_parameter(model))
 
     def look(self) -> None:
-        """Fills `blank`, from a pass through the whole model."""
-        self.blank = self.show(torch.zeros(1, *self._noise.shape[2:], dtype=torch.bool))
+        """Fills `blank`, `masked` and `token_first`, from a pass through the whole model."""
+        handles = [
+            module.register_forward_hook(partial(self._note_layout, path)) for path, module in self._model.named_modules()
+        ]
+        try:
+            self.blank = self.show(torch.zeros(1, *self._noise.shape[2:], dtype=torch.bool))
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def look_again(self, last: int) -> None:
         """Fills `filled` up to the layer `last`."""
@@ -150,6 +160,11 @@ class BlindModel(AttentionRouter):
     def pass_weights(self, seen: tuple[Tensor, Any], unfused: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         """Of the output that passes nothing on, with the weights."""
         return seen[0], unfused[1]
+
+    def _note_layout(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        tokens = first_tensor(output)
+        if tokens is not None and tokens.ndim == 3 and tokens.shape[0] > tokens.shape[1] == 1:
+            self.token_first.add(path)
 
     def _contrast(self, layer: int) -> Float[Tensor, "window token"]:
         return _size(self.filled[layer] - self.blank[layer])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,7 @@ __all__ = [
     "Windows",
     "first_convolution",
     "first_parameter",
+    "first_tensor",
     "has_class_token",
     "input_channels",
     "read_patch_size",
@@ -208,6 +210,13 @@ def input_channels(model: nn.Module) -> int:
 def first_parameter(model: nn.Module) -> Tensor:
     """A parameter whose device and floating-point type are taken for the model's; an empty tensor if there is none."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor of numbers that are not whole in what a module is given or returns, one or several; None if none is."""
+    if not isinstance(values, list | tuple):
+        values = (values,)
+    return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
 def has_class_token(model: nn.Module) -> bool:

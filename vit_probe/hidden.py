@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
+from vit_probe.geometry import first_tensor
 from vit_probe.routing import ForwardStopped
 from vit_probe.survey import Survey
-from vit_probe.tokens import as_sequence, block_path, first_tensor
+from vit_probe.tokens import as_sequence, block_path
 
 __all__ = ["TokenObserver", "token_hooks"]
 
@@ -52,7 +52,7 @@ def token_hooks(model: nn.Module, found: Survey, observers: Sequence[TokenObserv
         yield
         return
     paths = [block_path(model, found, layer) for layer in range(len(found.layers))]
-    passing = _Passing(found, observers)
+    passing = _Passing(found, [path in found.token_first for path in paths], observers)
     handles = [
         model.register_forward_pre_hook(passing.begin, with_kwargs=True),
         model.register_forward_hook(passing.end),
@@ -70,8 +70,9 @@ def token_hooks(model: nn.Module, found: Survey, observers: Sequence[TokenObserv
 class _Passing:
     """The tokens of one forward pass on their way from block to block."""
 
-    def __init__(self, found: Survey, observers: Sequence[TokenObserver]) -> None:
+    def __init__(self, found: Survey, token_first: Sequence[bool], observers: Sequence[TokenObserver]) -> None:
         self._found = found
+        self._token_first = token_first
         self._observers = observers
         self._images = 0
         self._next = 0  # the layer whose tokens come next
@@ -83,30 +84,30 @@ class _Passing:
         self._next, self._passed = 0, None
 
     def show(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        found, name = self._found, self._found.layers[layer]
         given = first_tensor((*args, *kwargs.values()))
-        grid = found.grid_of(layer)
-        if layer != self._next or not self._takes_what_was_passed(given, grid, name):
+        if layer != self._next or not self._takes_what_was_passed(layer, given):
             raise InputError(
-                f"the block around {name} does not take the tokens from the block before it; what that one returns is not what "
-                "passes from layer to layer"
+                f"the block around {self._found.layers[layer]} does not take the tokens from the block before it; what that "
+                "one returns is not what passes from layer to layer"
             )
         passed = first_tensor(output)
-        tokens = as_sequence(passed, self._images, grid, name)
+        tokens = self._sequence(layer, passed)
         for observer in self._observers:
             observer.update_tokens(layer, tokens)
         self._next, self._passed = layer + 1, passed
-        if self._next == len(found.layers):
+        if self._next == len(self._found.layers):
             self._passed = None
             raise ForwardStopped
 
-    def _takes_what_was_passed(self, given: Tensor | None, grid: TokenGrid, name: str) -> bool:
+    def _sequence(self, layer: int, tokens: Tensor | None) -> Float[Tensor, "image patch dim"]:
+        return as_sequence(tokens, self._images, self._found, layer, token_first=self._token_first[layer])
+
+    def _takes_what_was_passed(self, layer: int, given: Tensor | None) -> bool:
         """Whether a block is given the patch tokens of the one before; of another shape, as merged ones are, they may be."""
         before = self._passed
         if given is None or before is None or given is before or given.shape != before.shape:
             return True
-        mine, theirs = (as_sequence(tokens, self._images, grid, name) for tokens in (given, before))
-        return torch.equal(mine, theirs)
+        return torch.equal(self._sequence(layer, given), self._sequence(layer, before))
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called where the forward pass did not end at the last block."""

@@ -12,7 +12,10 @@ __all__ = ["Measure", "PerImage"]
 
 @runtime_checkable
 class Measure(Protocol):
-    """A streaming measure: an observer for `attention_hooks` whose sums can be merged, taken back and kept."""
+    """A streaming measure: an observer for `attention_hooks` whose sums can be merged, taken back and kept.
+
+    One that makes nothing of small batches tells by `fewest` how many images it needs in each.
+    """
 
     @property
     def options(self) -> dict[str, Any]: ...

@@ -94,9 +94,9 @@ class AttentionRun:
 
         Measures with `update_tokens` (see `vit_probe.hidden.TokenObserver`) are shown the patch tokens that each block passes
         on, in the same forward pass. It ends after the last layer's attention, or after the last block where there are such
-        measures. A batch that memory does not hold is halved, and so are those after it. Each of several processes shows its
-        share of the images; then `measures` and `images` of the first have those of all, in the order of the whole list, and
-        the others go on as soon as it has them.
+        measures. A batch that memory does not hold is halved, and so are those after it, though not below what a measure needs.
+        Each of several processes shows its share of the images; then `measures` and `images` of the first have those of all, in
+        the order of the whole list, and the others go on as soon as it has them.
 
         Args:
             measures: Observers for `attention_hooks`; with `state` or in several processes, measures of this package, and in
@@ -108,7 +108,8 @@ class AttentionRun:
 
         Raises:
             InputError: If a measure cannot use the attention, the images are not as they were announced, the blocks of the
-                model do not show their tokens, or the state is of another run.
+                model do not show their tokens, memory does not hold as many images as a measure needs, or the state is of
+                another run.
             ProcessGone: If another process has ended. What this one has done is in `state`, where that was given.
         """
         several = self.processes.count > 1
@@ -202,6 +203,7 @@ class AttentionRun:
 
     def _show(self, batch: Float[Tensor, "image channel height width"], measures: Sequence[AttentionObserver]) -> None:
         """Takes a batch through the model; in halves, and later batches too, where memory does not hold it."""
+        fewest = max(getattr(measure, "fewest", 1) for measure in measures)
         waiting = list(batch.split(self._at_once or len(batch)))
         while waiting:
             part = waiting.pop(0)
@@ -218,13 +220,18 @@ class AttentionRun:
                 full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
                 if not full or len(part) == 1 or not all(isinstance(measure, Measure) for measure in measures):
                     raise
+                if len(part) <= fewest:
+                    raise InputError(
+                        f"memory does not hold {len(part)} images, and a measure needs batches of {fewest} or more; choose a "
+                        "device with more memory, or smaller images"
+                    ) from error
                 for measure in measures:
                     measure.roll_back()  # type: ignore[attr-defined]
                 if self._at_once is None:
                     warnings.warn(
                         f"memory does not hold {len(part)} images; fewer are taken at once", AssumptionWarning, stacklevel=4
                     )
-                self._at_once = len(part) // 2
+                self._at_once = max(len(part) // 2, fewest)
                 waiting = [piece for whole in (part, *waiting) for piece in whole.split(self._at_once)]
 
     @contextmanager

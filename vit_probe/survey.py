@@ -31,12 +31,14 @@ class Survey:
         layers: Module path of each self-attention layer.
         skipped: Module paths of attention that is not self-attention, with the reason.
         windows: The layers whose attention is not over all the tokens of `grid`.
+        token_first: Module paths of whatever puts the tokens before the images (`batch_first=False`).
     """
 
     grid: TokenGrid
     layers: list[str]
     skipped: dict[str, str]
     windows: dict[int, Windows]
+    token_first: frozenset[str]
 
     def grid_of(self, layer: int) -> TokenGrid:
         """Where the tokens of a layer lie, as its windows tell where it has any."""
@@ -99,7 +101,7 @@ def survey(model: nn.Module, height: int, width: int, *, grid: TokenGrid | None 
             raise InputError(
                 f"{type(model).__name__} mixes the windows or heads of different images, which cannot be told apart"
             )
-    return Survey(grid, blind.layers, blind.skipped, windows)
+    return Survey(grid, blind.layers, blind.skipped, windows, frozenset(blind.token_first))
 
 
 def _look(blind: BlindModel, model: nn.Module, height: int, width: int) -> None:

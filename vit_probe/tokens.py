@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, first_convolution, first_parameter
+from vit_probe.geometry import TokenGrid, first_convolution, first_parameter, first_tensor
 from vit_probe.routing import evaluated
 from vit_probe.survey import Survey
 
-__all__ = ["as_sequence", "block_path", "first_tensor", "patch_tokens"]
+__all__ = ["as_sequence", "block_path", "patch_tokens"]
 
 
 class _Reached(BaseException):
@@ -39,7 +39,8 @@ def patch_tokens(
         InputError: If the model's blocks cannot be told apart, or what they pass on are not the tokens.
     """
     layer = max(after_layers - 1, 0)
-    block = model.get_submodule(block_path(model, found, layer))
+    path = block_path(model, found, layer)
+    block = model.get_submodule(path)
     passed: list[Any] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -59,14 +60,15 @@ def patch_tokens(
             model(images.to(first_parameter(model)))
     finally:
         handle.remove()
-    grid = found.grid_of(layer)
-    return as_sequence(passed[0] if passed else None, len(images), grid, found.layers[layer]), grid
+    tokens = as_sequence(passed[0] if passed else None, len(images), found, layer, token_first=path in found.token_first)
+    return tokens, found.grid_of(layer)
 
 
 def block_path(model: nn.Module, found: Survey, layer: int) -> str:
     """The path of the block around an attention layer, such as `blocks.0` around `blocks.0.attn`.
 
-    It is the largest module with a forward pass of its own that holds no other attention layer, nor the first convolution.
+    It is the largest module with a forward pass of its own that holds no other attention layer, nor the first convolution;
+    in a model of one layer the largest of those that stand in a list, if any does, as what is around may hold the final norm.
 
     Raises:
         InputError: If there is none: a module is called for several layers, or the model calls the attention itself.
@@ -75,39 +77,43 @@ def block_path(model: nn.Module, found: Survey, layer: int) -> str:
     stem, convolution = first_convolution(model)
     others = [*found.layers[:layer], *found.layers[layer + 1 :], *found.skipped, *([stem] if convolution else [])]
     parts = path.split(".") if path else []
+    around = []
     for length in range(1, len(parts) + 1):
         ancestor = ".".join(parts[:length])
         is_list = type(model.get_submodule(ancestor)).forward is nn.Module.forward
         if not is_list and not any(f"{other}.".startswith(f"{ancestor}.") for other in others):
-            return ancestor
+            around.append(ancestor)
+    if len(found.layers) == 1:
+        parents = {path: model.get_submodule(path.rpartition(".")[0]) for path in around}
+        around = [path for path in around if isinstance(parents[path], nn.ModuleList | nn.Sequential)] or around
+    if around:
+        return around[0]
     raise InputError(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
 
 
-def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor of numbers that are not whole in what a module is given or returns, one or several; None if none is."""
-    if not isinstance(values, list | tuple):
-        values = (values,)
-    return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
-
-
-def as_sequence(tokens: Tensor | None, images: int, grid: TokenGrid, name: str) -> Float[Tensor, "image patch dim"]:
+def as_sequence(
+    tokens: Tensor | None, images: int, found: Survey, layer: int, *, token_first: bool
+) -> Float[Tensor, "image patch dim"]:
     """The patches among what a block passes on, whichever way it lays out images, tokens and rows.
 
     Args:
         tokens: What the block passes on.
         images: How many.
-        grid: Where the layer's tokens lie.
-        name: Path of the layer's module, for the message.
+        found: What `survey` found for images of this size.
+        layer: Whose tokens these are.
+        token_first: Whether the block has the tokens before the images; as many images as tokens do not tell.
 
     Raises:
-        InputError: If these are not the tokens of the grid.
+        InputError: If these are not the tokens of the layer's grid.
     """
+    grid = found.grid_of(layer)
     shape = None if tokens is None else tuple(tokens.shape)
     if tokens is not None and shape is not None:
         if shape[:3] == (images, grid.rows, grid.cols) and len(shape) == 4:
             return tokens.flatten(1, 2)
-        if len(shape) == 3 and shape[:2] == (images, grid.num_tokens):
-            return tokens[:, grid.num_prefix_tokens :]
-        if len(shape) == 3 and shape[:2] == (grid.num_tokens, images):
-            return tokens[grid.num_prefix_tokens :].transpose(0, 1)
-    raise InputError(f"the block around {name} passes on a tensor of shape {shape}, which does not hold the tokens of {grid}")
+        sequence = tokens.transpose(0, 1) if token_first and len(shape) == 3 else tokens
+        if len(shape) == 3 and sequence.shape[:2] == (images, grid.num_tokens):
+            return sequence[:, grid.num_prefix_tokens :]
+    raise InputError(
+        f"the block around {found.layers[layer]} passes on a tensor of shape {shape}, which does not hold the tokens of {grid}"
+    )

@@ -27,6 +27,7 @@ class OfTokens(ABC):
     """
 
     what: str  # is measured, for messages
+    fewest = 1  # images in a batch, of fewer of which nothing is made
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = list(modules)

@@ -172,6 +172,7 @@ class RepresentationSimilarity(OfTokens):
     """
 
     what = "representation similarities"
+    fewest = FEWEST
 
     def __init__(self, modules: Sequence[str], *, keep: bool = False) -> None:
         super().__init__(modules)
