@@ -15,9 +15,8 @@ import math
 from pathlib import Path
 
 import pandas as pd
-import typer
 
-from analyses.study import Finding, are_local, in_first_third, keep
+from analyses.study import Finding, are_local, in_first_third, in_last_third, keep
 from vit_probe import mean_attention_distance, steps
 from vit_probe.measures.receptive_field import ARCHITECTURES, plain_stack, receptive_field
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
@@ -26,10 +25,7 @@ from vit_probe.terminal import run
 
 NETWORKS = {"24 x conv 3 x 3": plain_stack(24)} | {name: ARCHITECTURES[name] for name in ("AlexNet", "VGG-16", "ResNet-50")}
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo", images: ImagePaths = None, out: Out = Path("figures"), limit: Limit = 128, format: Formats = None
 ) -> None:
@@ -40,13 +36,14 @@ def main(
     fields = pd.concat([receptive_field(layers, network=name).to_dataframe() for name, layers in NETWORKS.items()])
     table = pd.concat([heads.assign(network=result.provenance["model"]["name"]), fields])
     figure = plot_attention_beside_convolutions(heads, fields)
-    keep("attention_distance", figure, table, _finding(heads, fields), result.provenance, folder, formats)
+    keep("attention_distance", figure, table, found(heads, fields), result.provenance, folder, formats)
 
 
-def _finding(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
+def found(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
+    """Of the table of heads, and of those of the convolutional networks, the plain stack first."""
     depth = int(heads["layer"].max()) + 1
     third, heads = math.ceil(depth / 3), heads.assign(local=are_local(heads))
-    early, late = heads[in_first_third(heads)], heads[heads["layer"] >= depth - third]
+    early, late = heads[in_first_third(heads)], heads[in_last_third(heads)]
     farthest, first = early["distance"].max(), heads.loc[heads["layer"] == 0, "distance"].max()
     plain = fields[fields["network"] == next(iter(NETWORKS))].iloc[-1]
     text = (
@@ -61,4 +58,4 @@ def _finding(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -14,24 +14,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-from matplotlib.figure import Figure
+import numpy as np
+import pandas as pd
 
-from analyses.study import Finding, keep
+from analyses.study import Finding, in_first_third, in_last_third, keep
 from vit_probe import steps, terminal
 from vit_probe.measures import AttentionDistance, AttentionEntropy
 from vit_probe.measures.head_table import head_table
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
-from vit_probe.plots import figure_size, style
-from vit_probe.plots.attention_entropy import plot_entropy_and_distance
+from vit_probe.plots.attention_entropy import plot_entropy_sheet
 from vit_probe.run import AttentionRun
 
 BROAD = 0.9  # of uniform attention's entropy
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo", images: ImagePaths = None, out: Out = Path("figures"), limit: Limit = 128, format: Formats = None
 ) -> None:
@@ -40,14 +36,18 @@ def main(
     run = AttentionRun(steps.load(model), photographs)
     far, broad = AttentionDistance(run.grid, windows=run.windows), AttentionEntropy(run.grid, windows=run.windows)
     run.observe(far, broad)
-    entropy = broad.compute(run.provenance(broad.options))
-    table = head_table(far.compute(run.provenance(far.options)), entropy)
-    layers = table.groupby("layer").entropy
-    ranges, third = layers.max() - layers.min(), max(1, len(run.layers) // 3)
-    mean = [table.entropy[table.layer.isin(part)].mean() for part in (ranges.index[:third], ranges.index[-third:])]
-    spread = [ranges[:third].mean(), ranges[-third:].mean()]
-    part = table.entropy / table.uniform_entropy
-    broadest, correlation = part[table.layer < third].max(), table.entropy.corr(table.distance)
+    distance = far.compute(run.provenance(far.options))
+    table = head_table(distance, broad.compute(run.provenance(broad.options)))
+    provenance = run.provenance(far.options | broad.options)
+    keep("attention_entropy", plot_entropy_sheet(table), table, found(table), provenance, folder, formats)
+
+
+def found(table: pd.DataFrame) -> Finding:
+    """Of the table of all heads."""
+    early, late = table[in_first_third(table)], table[in_last_third(table)]
+    mean = [part.entropy.mean() for part in (early, late)]
+    spread = [part.groupby("layer").entropy.agg(np.ptp).mean() for part in (early, late)]
+    broadest, correlation = (early.entropy / early.uniform_entropy).max(), table.entropy.corr(table.distance)
     text = (
         f"From the first third of the layers to the last the heads' entropy goes from {mean[0]:.2f} to {mean[1]:.2f} nats on "
         f"average (uniform attention: {table.uniform_entropy.iloc[-1]:.2f}), and the range of the heads of a layer from "
@@ -56,15 +56,8 @@ def main(
         f"Over all {len(table)} heads entropy correlates with distance at {correlation:.2f}; the sharpest, "
         f"{table.entropy.min():.2f} nats, looks {table.distance.iloc[table.entropy.argmin()]:.1f} px far."
     )
-    with style():
-        figure = Figure(figsize=figure_size("icml-page", 0.36))
-        figure.set_layout_engine("constrained", w_pad=0.06)
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        entropy.plot(ax=left)
-        plot_entropy_and_distance(table, ax=right)
-    finding = Finding(text, holds=bool(mean[1] > mean[0] and spread[1] < spread[0] and broadest >= BROAD))
-    keep("attention_entropy", figure, table, finding, run.provenance(far.options | broad.options), folder, formats)
+    return Finding(text, holds=bool(mean[1] > mean[0] and spread[1] < spread[0] and broadest >= BROAD))
 
 
 if __name__ == "__main__":
-    terminal.run(app)
+    terminal.run(main)

@@ -26,10 +26,7 @@ from vit_probe.files import writable_folder, write_bytes
 from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD
 from vit_probe.terminal import print_table, run
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with `train` and `val`, of the classes the model knows.")],
     model: Annotated[str, typer.Option(help="A square model, as for `vit-probe`.")] = "demo",
@@ -81,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -34,8 +34,6 @@ STUDIES = (
 )
 BEGIN, END = "<!-- studies -->", "<!-- /studies -->"
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
 
 def section(name: str, folder: Path) -> str:
     """A study in Markdown: its picture, what its module says of it, the weights, and its finding."""
@@ -64,19 +62,18 @@ def _weights(provenance: Any) -> Iterator[str]:
             yield from _weights(value)
 
 
-@app.command()
 def main(out: Annotated[Path, typer.Option(help="Folder of the gallery.")] = Path("figures")) -> None:
     """Runs every study on the bundled model, and writes the gallery's page."""
     readme = out / "README.md"
     if not readme.is_file():
         raise InputError(f"there is no {readme}; run this in the root of a clone, or name the folder of the gallery")
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise InputError(f"{readme} must have {BEGIN} and {END} once each; the studies are written between them")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InputError(f"{readme} must have {BEGIN} and {END} once each, in this order; the studies are written between them")
     for name in STUDIES:
         import_module(f"analyses.{name}").main(out=out, format=[Format.png, Format.pdf])
     write_bytes(readme, page(text, out).encode())
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -23,10 +23,7 @@ from vit_probe import mean_attention_distance, steps, terminal
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.attention_distances import plot_attention_distances
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = str(FOLDER / "learned_1d.safetensors"),
     hybrid: Annotated[str, typer.Option(help="A hybrid, named as the model is.")] = str(FOLDER / "hybrid.safetensors"),
@@ -64,4 +61,4 @@ def main(
 
 
 if __name__ == "__main__":
-    terminal.run(app)
+    terminal.run(main)

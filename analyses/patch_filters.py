@@ -27,11 +27,9 @@ from vit_probe.terminal import run
 
 SEED = 0  # of the random weights
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Network = Annotated[Path | None, typer.Option(help="State dict of a convolutional network (.safetensors, .pth).")]
 
 
-@app.command()
 def main(model: Model = "demo", cnn: Network = None, out: Out = Path("figures"), format: Formats = None) -> None:
     """Principal components of a ViT's first layer, beside those of random weights and a convolutional network's filters."""
     folder, formats, _ = steps.prepare(None, None, out, None, format)
@@ -58,4 +56,4 @@ def main(model: Model = "demo", cnn: Network = None, out: Out = Path("figures"),
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

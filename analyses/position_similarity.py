@@ -34,10 +34,7 @@ from vit_probe.terminal import run
 
 KINDS = {"none": "no positions", "learned_1d": "learned 1-D", "learned_2d": "learned 2-D", "sincos_2d": "sine-cosine"}
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo",
     variants: Annotated[Path, typer.Option(help="Folder that `train_variants` made.")] = FOLDER,
@@ -78,4 +75,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

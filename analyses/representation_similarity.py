@@ -28,10 +28,7 @@ from vit_probe.run import AttentionRun
 OTHER = Path(__file__).parent / "snapshots" / "epoch-016.safetensors"
 ALIKE = 0.5
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo",
     other: Annotated[str, typer.Option(help="Another model; named as --model names one.")] = str(OTHER),
@@ -48,7 +45,7 @@ def main(
         run.observe(measure)
     check_same_images(*runs)
     results = [mine.compute(), theirs.compute(), mine.compute(other=theirs)]
-    name, second = Path(model).stem, Path(other).stem
+    name, second = (Path(one).name.removesuffix(".safetensors") for one in (model, other))
     titles = (name, second, "between the two")
     labels: list[dict[str, str]] = [{}, {}, {"down": f"Layer of {name}", "across": f"Layer of {second}"}]
     drawn = [SimilarityPanel(one.similarity, title, **of) for one, title, of in zip(results, titles, labels, strict=True)]
@@ -74,4 +71,4 @@ def found(within: np.ndarray, between: np.ndarray) -> Finding:
 
 
 if __name__ == "__main__":
-    terminal.run(app)
+    terminal.run(main)

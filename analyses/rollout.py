@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from analyses.study import Finding, keep
 from vit_probe import steps, terminal
 from vit_probe.measures import AttentionRollout
@@ -31,10 +29,7 @@ from vit_probe.run import AttentionRun
 SHOWN = 6
 DIFFERENT = 0.5  # two heads' maps correlate by less
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo", images: ImagePaths = None, out: Out = Path("figures"), limit: Limit = 128, format: Formats = None
 ) -> None:
@@ -77,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    terminal.run(app)
+    terminal.run(main)

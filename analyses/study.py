@@ -16,7 +16,7 @@ from vit_probe.files import write_bytes
 from vit_probe.output import root_figure
 from vit_probe.plots import save_figure
 
-__all__ = ["Finding", "are_local", "in_first_third", "keep"]
+__all__ = ["Finding", "are_local", "in_first_third", "in_last_third", "keep"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def are_local(heads: pd.DataFrame) -> pd.Series[bool]:
 def in_first_third(heads: pd.DataFrame) -> pd.Series[bool]:
     """Which rows of a table of heads are of the first third of the layers, rounded up."""
     return heads["layer"] < (heads["layer"].max() + 1) / 3
+
+
+def in_last_third(heads: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows of a table of heads are of as many layers at the end."""
+    return heads["layer"] >= 2 * (heads["layer"].max() + 1) // 3
 
 
 def keep(

@@ -29,8 +29,6 @@ from vit_probe.terminal import run
 LOCALITY = 0.75  # size of the early layers' query and key projections: how much a token prefers its like
 FILTERS = 0.01  # of their usual size at the start, so that what is seen in them later was learned
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
 
 @torch.no_grad()
 def initialise(model: VisionTransformer) -> VisionTransformer:
@@ -66,7 +64,6 @@ def small_resnet(patch_size: int) -> ResNetConfig:
     return resnet
 
 
-@app.command()
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with `train` and `val`.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, the log and the state.")] = Path("out/train_demo"),
@@ -110,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -24,7 +24,7 @@ from analyses.small_images import read_split
 from analyses.training import accuracy
 from vit_probe import InputError, load_model
 from vit_probe.files import writable_folder, write_bytes
-from vit_probe.terminal import run
+from vit_probe.terminal import command, run
 
 VARIANTS = {
     "none": {"position": "none", "stem": "patches"},
@@ -35,8 +35,6 @@ VARIANTS = {
 }
 SMALL = "--width 64 --depth 6 --heads 4 --set epochs=4 --set warmup=0.5 --set full_epochs=0 --set batch_size=96"
 FOLDER = Path(__file__).parent / "variants"
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def read_variants(folder: Path) -> pd.DataFrame:
@@ -53,7 +51,6 @@ def read_variants(folder: Path) -> pd.DataFrame:
     return table
 
 
-@app.command()
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with `train` and `val`, as for `train_demo`.")],
     more: Annotated[list[str] | None, typer.Argument(help="After `--`: further options of `train_demo`.")] = None,
@@ -67,7 +64,7 @@ def main(
     for name, kind in VARIANTS.items():
         chosen = ["--position", kind["position"], "--stem", kind["stem"]]
         options = [*SMALL.split(), *chosen, "--set", f"seed={seed}", *(more or [])]
-        train_demo.app([str(data), *options, "--out", str(work / name)], standalone_mode=False)
+        command(train_demo.main)([str(data), *options, "--out", str(work / name)], standalone_mode=False)
         shutil.copyfile(work / name / "model.safetensors", out / f"{name}.safetensors")
         model: Any = load_model(out / f"{name}.safetensors")
         log = pd.read_csv(work / name / "log.csv")
@@ -85,4 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -17,22 +17,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import typer
 
 from analyses.study import Finding, keep
 from vit_probe import steps, terminal
 from vit_probe.measures.map_statistics import map_correlation
-from vit_probe.measures.overview import Overview, overview
+from vit_probe.measures.overview import overview
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.comparison import plot_comparison
 from vit_probe.random_weights import random_weights
 
 SEED = 0  # of the random weights
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo", images: ImagePaths = None, out: Out = Path("figures"), limit: Limit = 128, format: Formats = None
 ) -> None:
@@ -40,15 +36,17 @@ def main(
     folder, formats, photographs = steps.prepare(images, None, out, limit, format)
     loaded = steps.load(model)
     both = {"trained": overview(loaded, photographs), "random": overview(random_weights(loaded, seed=SEED), photographs)}
-    trained, random = (found.numbers().rename(columns={"value": name}) for name, found in both.items())
+    trained, random = (one.numbers().rename(columns={"value": name}) for name, one in both.items())
     table = trained.merge(random, on=["measure", "number", "unit"], validate="one_to_one")
-    figure = plot_comparison({name: found.panels() for name, found in both.items()}, columns=4)
-    provenance = {name: found.results["attention_distance"].provenance for name, found in both.items()} | {"seed": SEED}
-    finding = _finding(table, both["trained"], both["random"])
-    keep("trained_vs_random", figure, table, finding, provenance, folder, formats)
+    figure = plot_comparison({name: one.panels() for name, one in both.items()}, columns=4)
+    provenance = {name: one.results["attention_distance"].provenance for name, one in both.items()} | {"seed": SEED}
+    rollouts: list[Any] = [one.results["rollout"] for one in both.values() if "rollout" in one.results]
+    alike = float(np.nanmedian(map_correlation(*(one.maps for one in rollouts)))) if len(rollouts) == 2 else None
+    keep("trained_vs_random", figure, table, found(table, alike), provenance, folder, formats)
 
 
-def _finding(table: pd.DataFrame, trained: Overview, random: Overview) -> Finding:
+def found(table: pd.DataFrame, alike: float | None) -> Finding:
+    """Of the table of numbers, and the correlation of the rollout maps of a photograph, where both have them."""
     numbers = {(measure, number): values for measure, number, _, *values in table.itertuples(index=False)}
     far, broad = (numbers[name, "range of heads"] for name in ("attention_distance", "attention_entropy"))
     text = (
@@ -64,13 +62,11 @@ def _finding(table: pd.DataFrame, trained: Overview, random: Overview) -> Findin
         if np.isfinite([after, before]).all() and after != before:  # alike where a table of positions is not learned
             text += f", {what} from {before:.2f} to {after:.2f}"
             holds.append(after >= before + 0.1)
-    rollouts: list[Any] = [found.results["rollout"] for found in (trained, random) if "rollout" in found.results]
-    if len(rollouts) == 2:
-        alike = float(np.nanmedian(map_correlation(rollouts[0].maps, rollouts[1].maps)))
+    if alike is not None:
         text += f". The two rollout maps of a photograph correlate at {alike:.2f} (median)"
         holds.append(alike < 0.5)
     return Finding(f"{text}.", holds=bool(all(holds)))
 
 
 if __name__ == "__main__":
-    terminal.run(app)
+    terminal.run(main)

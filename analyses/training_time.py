@@ -16,23 +16,17 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from matplotlib.figure import Figure
 
 from analyses.study import Finding, in_first_third, keep
 from vit_probe import InputError, mean_attention_distance, position_similarity, steps
 from vit_probe.measures.position_nearness import position_nearness
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
-from vit_probe.plots.attention_distances import plot_attention_distances
-from vit_probe.plots.position_similarity import plot_position_similarities
-from vit_probe.plots.style import WIDTHS, style
+from vit_probe.plots.training_time import plot_training_time
 from vit_probe.terminal import run
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Model = "demo",
     epochs: Annotated[int, typer.Option(help="Epochs that the model was trained for.")] = 24,
@@ -62,21 +56,20 @@ def main(
             | dict(nearness=position_nearness(positions.similarity))
         )
     table = pd.DataFrame(rows)
+    keep("training_time", plot_training_time(frames, maps), table, found(table), provenance, folder, formats)
+
+
+def found(table: pd.DataFrame) -> Finding:
+    """Of the table of all snapshots."""
     first, last = table.iloc[0], table.iloc[-1]
     text = (
         f"Similarity and distance of positions correlate at {first.nearness:.2f} before training, at {last.nearness:.2f} after "
-        f"{epochs} epochs. In the first third of the layers the heads look {first.early_nearest:.1f} to "
+        f"{last.epoch:.0f} epochs. In the first third of the layers the heads look {first.early_nearest:.1f} to "
         f"{first.early_farthest:.1f} px far before, {last.early_nearest:.1f} to {last.early_farthest:.1f} px after."
     )
     wider = last.early_farthest - last.early_nearest > first.early_farthest - first.early_nearest
-    finding = Finding(text, holds=bool(abs(first.nearness) < 0.1 and last.nearness < -0.5 and wider))
-    with style():
-        figure = Figure(figsize=(WIDTHS["icml-page"], 4.3))
-        (above,), (below,) = figure.subfigures(2, 1, height_ratios=(2.5, 1.8), squeeze=False)
-        plot_attention_distances(frames, figure=above)
-        plot_position_similarities(maps, figure=below)
-    keep("training_time", figure, table, finding, provenance, folder, formats)
+    return Finding(text, holds=bool(abs(first.nearness) < 0.1 and last.nearness < -0.5 and wider))
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

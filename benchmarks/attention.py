@@ -32,11 +32,10 @@ from vit_probe.files import writable_folder
 from vit_probe.run import select_device
 from vit_probe.terminal import run
 
-__all__ = ["app", "benchmark"]
+__all__ = ["benchmark", "main"]
 
 _QUICK_REPEATS = 2
 _USABLE = 0.85  # of the available memory
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Dtype(StrEnum):
@@ -47,7 +46,6 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-@app.command()
 def main(
     case: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}; may be repeated; all if left out.")
@@ -153,4 +151,4 @@ def _check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 if __name__ == "__main__":
-    run(app)
+    run(main)

@@ -23,7 +23,7 @@ from vit_probe.processes import Processes
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["complain", "print_table", "progress", "report", "run"]
+__all__ = ["command", "complain", "print_table", "progress", "report", "run"]
 
 _USAGE = timedelta(seconds=30)  # for all to come, once one cannot read its arguments: others may never come
 
@@ -33,11 +33,22 @@ def complain(sentence: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit-probe: {sentence}", markup=False)
 
 
-def run(app: typer.Typer) -> None:
-    """Runs a command, in this process or as one of several; what the user can put right is one sentence and exit code 2.
+def command(function: Callable[..., Any]) -> typer.Typer:
+    """A program whose arguments and help are those of the function."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    return app
 
-    The command finds its `Processes` as `obj` in typer's context.
+
+def run(program: typer.Typer | Callable[..., Any]) -> None:
+    """Runs a program, in this process or as one of several; what the user can put right is one sentence and exit code 2.
+
+    Its commands find their `Processes` as `obj` in typer's context.
+
+    Args:
+        program: A typer application, or the function that is the one command of it.
     """
+    app = program if isinstance(program, typer.Typer) else command(program)
     try:
         processes = Processes.here()
     except InputError as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 
 from vit_probe.terminal import run
@@ -57,9 +57,9 @@ def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, app: typer.Typer, *arguments: object) -> int:
+def typed(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any], *arguments: object) -> int:
     """The exit code of a study's command with these arguments."""
     monkeypatch.setattr(sys, "argv", ["study", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        run(app)
+        run(main)
     return int(ended.value.code or 0)

@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.attention_distance import app, main
+from analyses.attention_distance import NETWORKS, found, main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.models import expected_attention
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, sample_photographs, save_model
+from vit_probe.measures.receptive_field import plain_stack, receptive_field
 
 GRID = 4, 4, (16, 16)
 
@@ -97,10 +98,28 @@ def test_local_heads_late_or_never_are_not_as_published(near: list[int], far: li
     assert not study["as_published"]
 
 
+@pytest.mark.parametrize(
+    ("what", "distances", "holds"),
+    [
+        ("as published", [[10, 25], [17, 20], [17, 20], [17, 20], [17, 20], [17, 20]], True),
+        ("none reaches farther than half the field", [[10, 23], [17, 20], [17, 30], [17, 20], [17, 20], [17, 20]], False),
+        ("no local head", [[18, 25], [17, 20], [10, 20], [10, 20], [17, 20], [17, 20]], False),
+        ("none but local heads", [[10, 15], [10, 15], [17, 40], [17, 40], [17, 40], [17, 40]], False),
+        ("a local head at the end", [[10, 25], [17, 20], [17, 20], [17, 20], [10, 20], [17, 20]], False),
+    ],
+)
+def test_each_criterion_decides(what: str, distances: list[list[float]], holds: bool) -> None:
+    """Below 16 px a head is local; 24 convolutions see 24 px to each side."""
+    layer, _ = (index.ravel() for index in np.indices((6, 2)))
+    heads = pd.DataFrame({"layer": layer, "distance": np.ravel(distances), "uniform_distance": 32.0})
+    fields = receptive_field(plain_stack(24), network=next(iter(NETWORKS))).to_dataframe()
+    assert found(heads, fields).holds is holds, what
+
+
 def test_the_bundled_model_as_it_is_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed(monkeypatch, app, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
+    assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
     heads, _, study = kept(tmp_path)
     early, late = heads[heads.layer < 3], heads[heads.layer >= 6]
     assert f"looks {early.distance.max():.1f} px far" in study["finding"]
@@ -109,15 +128,15 @@ def test_the_bundled_model_as_it_is_typed(
     assert study["finding"] in capsys.readouterr().out
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(first) == {f"attention_distance.{ending}" for ending in ("pdf", "csv", "json")}
-    assert typed(monkeypatch, app, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
+    assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
 def test_what_cannot_be_read_is_refused_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed(monkeypatch, app, "--model", tmp_path / "absent.safetensors", "--out", tmp_path) == 2
-    assert typed(monkeypatch, app, "--images", tmp_path / "absent.png", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--model", tmp_path / "absent.safetensors", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--images", tmp_path / "absent.png", "--out", tmp_path) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "there is no checkpoint file or folder" in first
     assert "there is no image file or folder" in second

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.attention_entropy import app, main
+from analyses.attention_entropy import found, main
 from tests.analyses.conftest import typed
 from tests.models import classifier, expected_attention
 from vit_probe import load_model, sample_photographs, save_model
@@ -56,6 +56,30 @@ def test_the_finding_follows_from_the_table(shown: tuple[pd.DataFrame, dict]) ->
     assert kept["provenance"]["model"]["name"] == "demo"
 
 
+# Of six layers of two heads; uniform attention has an entropy of 4.
+AS_PUBLISHED = [[0.5, 3.7], [1, 3], [1, 3], [2, 3], [3, 3.5], [3.4, 3.8]]
+
+
+def heads(entropies: list[list[float]]) -> pd.DataFrame:
+    layer, head = (index.ravel() for index in np.indices((len(entropies), 2)))
+    columns = {"layer": layer, "head": head, "entropy": np.ravel(entropies), "uniform_entropy": 4.0}
+    return pd.DataFrame(columns | {"distance": 10 * np.ravel(entropies)})
+
+
+@pytest.mark.parametrize(
+    ("what", "entropies", "holds"),
+    [
+        ("as published", AS_PUBLISHED, True),
+        ("no larger at the end", [*AS_PUBLISHED[:4], [0.9, 1.2], [0.9, 1.2]], False),
+        ("as wide apart at the end", [*AS_PUBLISHED[:4], [1.5, 4], [0.5, 4]], False),
+        ("no broad head among the first", [[0.5, 3.5], *AS_PUBLISHED[1:]], False),
+        ("the broad head comes later", [[0.5, 3.5], [0.2, 3.1], [1, 3.9], *AS_PUBLISHED[3:]], False),
+    ],
+)
+def test_each_criterion_decides(what: str, entropies: list[list[float]], holds: bool) -> None:
+    assert found(heads(entropies)).holds is holds, what
+
+
 def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Attention that is uniform everywhere rises nowhere."""
     model = classifier(depth=1)
@@ -63,7 +87,7 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         model.blocks[0].attn.qkv.weight[:96].mul_(1e-3)  # queries and keys
     checkpoint = save_model(model, tmp_path / "even.safetensors")
     arguments = ["--model", checkpoint, "--limit", 4, "--out", tmp_path / "out", "--format", "svg"]
-    assert typed(monkeypatch, app, *arguments) == 0
+    assert typed(monkeypatch, main, *arguments) == 0
     printed = capsys.readouterr().out
     assert "(not as published)" in printed
     table = pd.read_csv(tmp_path / "out" / "attention_entropy.csv")
@@ -72,5 +96,5 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert typed(monkeypatch, app, "--images", "nowhere.png", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--images", "nowhere.png", "--out", tmp_path) == 2
     assert "there is no image file or folder nowhere.png" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analyses import finetune_resolution
-from analyses.finetune_resolution import app
+from analyses.finetune_resolution import main
 from analyses.small_images import read_data
 from analyses.training import Recipe, accuracy, fit
 from tests.analyses.conftest import typed
@@ -31,7 +31,7 @@ def test_three_accuracies(
     trained: Path, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [sheets, "--model", trained, "--image-size", 24, "--out", tmp_path, "--set", "batch_size=64"]
-    assert typed(monkeypatch, app, *arguments) == 0
+    assert typed(monkeypatch, main, *arguments) == 0
     table = pd.read_csv(tmp_path / "accuracy.csv")
     assert table.step.tolist() == ["before resizing", "right after resizing", "after fine-tuning"]
     assert table.image_size.tolist() == [16, 24, 24]
@@ -68,7 +68,7 @@ def test_what_makes_no_sense_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert typed(monkeypatch, app, sheets, "--model", trained, "--out", tmp_path, *arguments) == 2
+    assert typed(monkeypatch, main, sheets, "--model", trained, "--out", tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "state.pt").exists()
 
@@ -79,7 +79,7 @@ def test_a_model_of_other_preprocessing_is_refused(
     model = load_model(trained)
     model.preprocessing = Preprocessing((16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     other = save_model(model, tmp_path / "other.safetensors")
-    assert typed(monkeypatch, app, sheets, "--model", other, "--image-size", 24, "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, sheets, "--model", other, "--image-size", 24, "--out", tmp_path) == 2
     assert "is not standardised with ImageNet's mean and deviation" in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_a_librarys_model_is_refused(
     sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetune_resolution, "load_model", lambda name: torch.nn.Linear(2, 2))
-    assert typed(monkeypatch, app, sheets, "--model", "timm:swin", "--out", tmp_path / "out") == 2
+    assert typed(monkeypatch, main, sheets, "--model", "timm:swin", "--out", tmp_path / "out") == 2
     assert "timm:swin is a library's own model (Linear); choose one that is a VisionTransformer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -96,5 +96,5 @@ def test_a_model_of_other_than_square_images_is_refused(
     sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
 ) -> None:
     wide = save_model(load_model(trained).resize((16, 32)), tmp_path / "wide.safetensors")
-    assert typed(monkeypatch, app, sheets, "--model", wide, "--image-size", 24, "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, sheets, "--model", wide, "--image-size", 24, "--out", tmp_path) == 2
     assert "takes images of 16 x 32 pixels; choose one of square images" in capsys.readouterr().err

@@ -55,9 +55,10 @@ def test_what_a_study_says_of_itself(name: str) -> None:
 def test_the_page_is_there_and_has_its_markers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no .*README.md; run this in the root of a clone"):
         main(out=tmp_path)
-    (tmp_path / "README.md").write_text(f"{BEGIN}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"README.md must have <!-- studies --> and <!-- /studies --> once each"):
-        main(out=tmp_path)
+    for text in (BEGIN, f"{BEGIN} {BEGIN} {END}", f"{END} {BEGIN}"):
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=r"README.md must have <!-- studies --> and <!-- /studies --> once each, in this"):
+            main(out=tmp_path)
 
 
 def test_the_page_in_the_clone_is_of_the_results_beside_it() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.hybrid import app, main
+from analyses.hybrid import main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import attention_distances, write_model, write_photographs
@@ -80,13 +80,13 @@ def test_as_it_is_typed(
     other.preprocessing = Preprocessing((24, 24), resize=24)
     save_model(other, tmp_path / "other.safetensors")
     arguments = ["--model", tmp_path / "other.safetensors", "--hybrid", models["hybrid"][0], "--images", photographs]
-    assert typed(monkeypatch, app, *arguments, "--limit", 2, "--out", tmp_path) == 0
+    assert typed(monkeypatch, main, *arguments, "--limit", 2, "--out", tmp_path) == 0
     captured = capsys.readouterr()
     assert "note: the pure model has (3, 4) rows and columns of patches, the hybrid (4, 4)" in captured.err
     assert "published)" in captured.out
     assert set(pd.read_csv(tmp_path / "hybrid.csv").num_images) == {2}
     arguments[3] = tmp_path / "absent.safetensors"
-    assert typed(monkeypatch, app, *arguments, "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, *arguments, "--out", tmp_path) == 2
     assert "absent.safetensors" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from analyses.patch_filters import app, main
+from analyses.patch_filters import main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.models import small_vit
@@ -48,7 +48,7 @@ def model_of(filters: torch.Tensor, path: Path) -> VisionTransformer:
 def test_the_bundled_model_as_it_is_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed(monkeypatch, app, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
+    assert typed(monkeypatch, main, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
     table, study = kept(tmp_path)
     weight = load_model("demo").patch_embed.proj.weight.detach().double().numpy()  # type: ignore[union-attr,operator]
     trained, random = drawn(table, "trained", (8, 8)), drawn(table, "random", (8, 8))
@@ -65,7 +65,7 @@ def test_the_bundled_model_as_it_is_typed(
     assert f"{study['finding']} (as published)" in capsys.readouterr().out
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(first) == {f"patch_filters.{ending}" for ending in ("png", "pdf", "csv", "json")}
-    assert typed(monkeypatch, app, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
+    assert typed(monkeypatch, main, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
@@ -98,8 +98,8 @@ def test_what_holds_no_filters_is_refused_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"fc.weight": torch.rand(4, 4)}, tmp_path / "mlp.pth")
-    assert typed(monkeypatch, app, "--cnn", tmp_path / "mlp.pth", "--out", tmp_path) == 2
-    assert typed(monkeypatch, app, "--cnn", tmp_path / "absent.pth", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--cnn", tmp_path / "mlp.pth", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--cnn", tmp_path / "absent.pth", "--out", tmp_path) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "mlp.pth holds no convolution over 3 colour channels" in first
     assert "there is no file" in second

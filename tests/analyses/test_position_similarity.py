@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.position_similarity import app, main
+from analyses.position_similarity import main
 from analyses.train_variants import FOLDER, VARIANTS
 from tests import reference
 from tests.analyses.conftest import typed
@@ -101,16 +101,16 @@ def test_a_model_whose_positions_tell_nothing_is_not_as_published(variants: Path
 
 def test_as_it_is_typed(variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--variants", variants, "--out", tmp_path, "--format", "png", "--format", "pdf"]
-    assert typed(monkeypatch, app, *arguments) == 0
+    assert typed(monkeypatch, main, *arguments) == 0
     first = (tmp_path / "position_similarity.pdf").read_bytes()
-    assert typed(monkeypatch, app, *arguments) == 0
+    assert typed(monkeypatch, main, *arguments) == 0
     assert (tmp_path / "position_similarity.pdf").read_bytes() == first
 
 
 def test_what_is_missing_is_named(
     variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed(monkeypatch, app, "--variants", tmp_path, "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--variants", tmp_path, "--out", tmp_path) == 2
     message = f"there is no {tmp_path}/variants.csv; `python -m analyses.train_variants DATA` makes it"
     assert message in capsys.readouterr().err
     pd.read_csv(variants / "variants.csv").iloc[:3].to_csv(tmp_path / "variants.csv", index=False)

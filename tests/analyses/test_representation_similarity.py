@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.representation_similarity import OTHER, app, found, main
+from analyses.representation_similarity import OTHER, found, main
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
 from tests.measures.test_representation_similarity import literal
@@ -63,13 +63,15 @@ def test_a_model_whose_halves_differ_is_not_as_published() -> None:
 
 def test_the_bundled_models_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
-        assert typed(monkeypatch, app, "--limit", 8, "--out", tmp_path, "--format", "png", "--format", "svg") == 0
+        assert typed(monkeypatch, main, "--limit", 8, "--out", tmp_path, "--format", "png", "--format", "svg") == 0
         files = [(tmp_path / f"representation_similarity.{ending}").read_bytes() for ending in ("png", "svg", "csv")]
-    assert typed(monkeypatch, app, "--limit", 8, "--out", tmp_path, "--format", "png", "--format", "svg", "--other", OTHER) == 0
+    assert (
+        typed(monkeypatch, main, "--limit", 8, "--out", tmp_path, "--format", "png", "--format", "svg", "--other", OTHER) == 0
+    )
     assert files == [(tmp_path / f"representation_similarity.{ending}").read_bytes() for ending in ("png", "svg", "csv")]
     assert len(pd.read_csv(tmp_path / "representation_similarity.csv")) == 3 * 81
 
 
 def test_too_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert typed(monkeypatch, app, "--limit", 3, "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--limit", 3, "--out", tmp_path) == 2
     assert "no batch of 4 images or more has been measured yet; 3 images came in smaller ones" in capsys.readouterr().err

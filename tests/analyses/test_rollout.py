@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analyses import rollout
-from analyses.rollout import app, main
+from analyses.rollout import main
 from tests.analyses.conftest import typed
 from tests.measures.test_deletion import literal
 from tests.models import classifier, expected_attention, small_vit
@@ -105,7 +105,7 @@ def test_the_same_input_gives_the_same_bytes(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("one", "two"):
-        assert typed(monkeypatch, app, "--model", checkpoint, "--limit", 4, "--out", tmp_path / name) == 0
+        assert typed(monkeypatch, main, "--model", checkpoint, "--limit", 4, "--out", tmp_path / name) == 0
     assert "Two heads of layer 2 correlate by" in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["rollout.csv", "rollout.json", "rollout.png", "rollout_deletion.png"]
@@ -135,7 +135,7 @@ def test_a_model_without_classifier_is_judged_by_its_heads(tmp_path: Path, capsy
 def test_what_is_not_there(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed(monkeypatch, app, "--out", tmp_path, *arguments) == 2
+    assert typed(monkeypatch, main, "--out", tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -145,5 +145,5 @@ def test_a_model_without_class_token(
     bare = small_vit(class_token=False, pooling="avg")
     bare.preprocessing = Preprocessing((24, 24), resize=24)
     path = save_model(bare, tmp_path / "bare.safetensors")
-    assert typed(monkeypatch, app, "--model", path, "--out", tmp_path, "--limit", 2) == 2
+    assert typed(monkeypatch, main, "--model", path, "--out", tmp_path, "--limit", 2) == 2
     assert "has no class token whose attention could be shown" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.token_norms import app, found, main
+from analyses.token_norms import found, main
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
 from vit_probe.images import read_image
@@ -56,19 +56,22 @@ def layers(*artifacts: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("parameters", "large"), [(2.3e6, False), (304e6, True)])
 def test_large_models_have_artifacts_and_small_ones_none(parameters: float, large: bool) -> None:
-    none = found(layers(0.0, 0.0), int(parameters))
+    none = found(layers(0.0, 0.0), int(parameters), 1)
     assert none.text.endswith("none has artifacts; in the last, the highest norm is 2.5 times the median.")
     assert none.holds is not large
-    some = found(layers(0.0, 0.03, 0.021), int(parameters))
+    some = found(layers(0.0, 0.03, 0.021), int(parameters), 0)
     assert "2 have artifacts, the first of them layer 1; most are in layer 1: 3 % of the patch tokens, in 90%" in some.text
     assert some.text.endswith("norm of 300 where the others have 21. In the last layer 2.1 % are artifacts.")
     assert some.holds is large
+    assert "million parameters and 4 registers, none has artifacts" in found(layers(0.0), int(parameters), 4).text
+    assert found(layers(0.0), int(parameters), 4).holds
+    assert not found(layers(0.03), int(parameters), 4).holds
 
 
 def test_the_bundled_model_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = []
     for _ in range(2):
-        assert typed(monkeypatch, app, "--limit", 4, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
+        assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
         files.append([(tmp_path / f"token_norms.{ending}").read_bytes() for ending in ("png", "pdf", "csv", "json")])
     assert files[0] == files[1]
     table = pd.read_csv(tmp_path / "token_norms.csv")
@@ -76,5 +79,5 @@ def test_the_bundled_model_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_no_such_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert typed(monkeypatch, app, "--images", tmp_path / "nowhere", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--images", tmp_path / "nowhere", "--out", tmp_path) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.train_demo import app, initialise, small_resnet
+from analyses.train_demo import initialise, main, small_resnet
 from tests.analyses.conftest import typed
 from vit_probe import VisionTransformer, ViTConfig, load_model
 
@@ -25,7 +25,8 @@ def test_killed_and_gone_on_with(
     """SIGKILL at some moment after the first epoch; the same command then ends as an undisturbed run does."""
     arguments = [sheets, *SMALL, "--set", "epochs=8", "--set", "full_epochs=1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from analyses.train_demo import app; app()"
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from analyses.train_demo import main; "
+    threads += "from vit_probe.terminal import command; command(main)()"
     process = subprocess.Popen([sys.executable, "-c", threads, *map(str, arguments), "--out", str(killed)], cwd=ROOT)
     try:
         deadline = time.monotonic() + 120
@@ -36,12 +37,12 @@ def test_killed_and_gone_on_with(
         process.wait()
     assert (killed / "state.pt").exists()
     assert not (killed / "model.safetensors").exists()
-    assert typed(monkeypatch, app, *arguments, "--out", killed) == 0
+    assert typed(monkeypatch, main, *arguments, "--out", killed) == 0
     printed = capsys.readouterr().out
     assert "epoch   1 of 8" not in printed
     assert "epoch   8 of 8   loss" in printed
     assert "validation top-1" in printed.splitlines()[-1]
-    assert typed(monkeypatch, app, *arguments, "--out", whole) == 0
+    assert typed(monkeypatch, main, *arguments, "--out", whole) == 0
     assert not [path for path in killed.iterdir() if path.name.startswith(".")]
     losses = [pd.read_csv(out / "log.csv").loss for out in (killed, whole)]
     pd.testing.assert_series_equal(losses[0], losses[1], rtol=1e-3)
@@ -56,7 +57,7 @@ def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, 
     assert (
         typed(
             monkeypatch,
-            app,
+            main,
             sheets,
             *SMALL,
             "--set",
@@ -77,7 +78,7 @@ def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, 
 def test_a_hybrid(position: str, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens are cells of a ResNet's map, as many as the patches of the same size; the ResNet learns too."""
     short = ["--set", "epochs=2", "--set", "warmup=0.5", "--set", "full_epochs=1", "--position", position]
-    assert typed(monkeypatch, app, sheets, *SMALL, *short, "--stem", "hybrid", "--out", tmp_path) == 0
+    assert typed(monkeypatch, main, sheets, *SMALL, *short, "--stem", "hybrid", "--out", tmp_path) == 0
     model = load_model(tmp_path / "model.safetensors")
     assert model.config.stem is not None
     assert (model.config.patch_size, model.config.patch_stride) == ((1, 1), (4, 4))
@@ -128,7 +129,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [str(sheets) if argument == "DATA" else argument for argument in arguments]
-    assert typed(monkeypatch, app, *given, "--out", tmp_path / "out") == 2
+    assert typed(monkeypatch, main, *given, "--out", tmp_path / "out") == 2
     complaint = capsys.readouterr().err
     assert message in complaint
     assert len(complaint.splitlines()) == 1

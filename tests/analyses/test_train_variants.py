@@ -9,7 +9,7 @@ import pytest
 
 from analyses import train_demo
 from analyses.small_images import read_split
-from analyses.train_variants import FOLDER, VARIANTS, app, read_variants
+from analyses.train_variants import FOLDER, VARIANTS, main, read_variants
 from analyses.training import accuracy
 from tests.analyses.conftest import typed
 from vit_probe import load_model
@@ -23,7 +23,7 @@ def test_all_variants_are_trained_alike(
 ) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     arguments = [sheets, "--out", out, "--work", work, "--seed", 3, "--", *TINY.split()]
-    assert typed(monkeypatch, app, *arguments) == 0
+    assert typed(monkeypatch, main, *arguments) == 0
     table = read_variants(out)
     assert list(table.index) == list(VARIANTS)
     assert table[["epochs", "images", "seed"]].drop_duplicates().values.tolist() == [[2, 60, 3]]
@@ -41,12 +41,12 @@ def test_all_variants_are_trained_alike(
         )
     capsys.readouterr()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert typed(monkeypatch, app, *arguments) == 0  # all is there: nothing is trained again
+    assert typed(monkeypatch, main, *arguments) == 0  # all is there: nothing is trained again
     assert "loss" not in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     program, data, *options = shlex.split(table.command["hybrid"].removeprefix("python -m "))
     assert (program, data) == ("analyses.train_demo", "DATA")
-    assert typed(monkeypatch, train_demo.app, sheets, *options, "--out", tmp_path / "alone") == 0
+    assert typed(monkeypatch, train_demo.main, sheets, *options, "--out", tmp_path / "alone") == 0
     assert (tmp_path / "alone" / "model.safetensors").read_bytes() == before["hybrid.safetensors"]
 
 
@@ -72,6 +72,6 @@ def test_their_accuracies_are_those_of_the_table() -> None:
 
 
 def test_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert typed(monkeypatch, app, tmp_path / "nowhere", "--out", tmp_path, "--work", tmp_path / "work") == 2
+    assert typed(monkeypatch, main, tmp_path / "nowhere", "--out", tmp_path, "--work", tmp_path / "work") == 2
     assert "there is no image file or folder" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.csv"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from analyses.trained_vs_random import app, main
+from analyses.trained_vs_random import found, main
 from tests.analyses.conftest import typed
 from tests.models import classifier
 from vit_probe import (
@@ -90,11 +91,39 @@ def test_weights_that_no_training_has_touched_differ_in_nothing_that_was_publish
 ) -> None:
     checkpoint = save_model(random_weights(classifier(depth=2), seed=1), tmp_path / "untrained.safetensors")  # type: ignore[arg-type]
     arguments = ["--model", checkpoint, "--limit", 4, "--out", tmp_path / "out"]
-    assert typed(monkeypatch, app, *arguments) == 0
+    assert typed(monkeypatch, main, *arguments) == 0
     printed = capsys.readouterr().out
     assert "(not as published)" in printed
     before, after = re.findall(r"positions from (-?\d\.\d\d) to (-?\d\.\d\d)", printed)[0]
     assert max(abs(float(before)), abs(float(after))) < 0.3
+
+
+# Trained and random, of a model with all measures.
+RANGES = {
+    ("attention_distance", "range of heads"): (20.0, 10.0),
+    ("attention_entropy", "range of heads"): (2.0, 1.0),
+    ("patch_filters", "low frequencies"): (0.7, 0.3),
+    ("position_similarity", "neighbours"): (0.6, 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "changed", "alike", "holds"),
+    [
+        ("as published", {}, 0.4, True),
+        ("heads no wider apart", {("attention_distance", "range of heads"): (19.0, 10.0)}, 0.4, False),
+        ("filters no smoother", {("patch_filters", "low frequencies"): (0.35, 0.3)}, 0.4, False),
+        ("neighbours no more alike", {("position_similarity", "neighbours"): (0.15, 0.1)}, 0.4, False),
+        ("positions are not learned", {("position_similarity", "neighbours"): (0.6, 0.6)}, 0.4, True),
+        ("no table of positions", {("position_similarity", "neighbours"): (np.nan, np.nan)}, 0.4, True),
+        ("rollout alike", {}, 0.6, False),
+        ("without rollout", {}, None, True),
+    ],
+)
+def test_each_criterion_decides(what: str, changed: dict[Any, Any], alike: float | None, holds: bool) -> None:
+    rows = [(*place, "", *values) for place, values in (RANGES | changed).items()]
+    table = pd.DataFrame(rows, columns=["measure", "number", "unit", "trained", "random"])
+    assert found(table, alike).holds is holds, what
 
 
 def test_a_model_without_rollout_is_judged_by_the_rest(
@@ -106,12 +135,12 @@ def test_a_model_without_rollout_is_judged_by_the_rest(
     sizes = dict(image_size=32, patch_size=4, window_size=4, embed_dim=16, depths=[2, 2], num_heads=[1, 2])
     SwinModel(SwinConfig(**sizes)).save_pretrained(tmp_path / "swin")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "swin")
-    assert typed(monkeypatch, app, "--model", tmp_path / "swin", "--limit", 4, "--out", tmp_path / "out") == 0
+    assert typed(monkeypatch, main, "--model", tmp_path / "swin", "--limit", 4, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "rollout" not in printed.partition("(not as published)")[0]
     assert "rollout" not in set(pd.read_csv(tmp_path / "out" / "trained_vs_random.csv").measure)
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert typed(monkeypatch, app, "--model", "nowhere.pt", "--out", tmp_path) == 2
+    assert typed(monkeypatch, main, "--model", "nowhere.pt", "--out", tmp_path) == 2
     assert "there is no checkpoint file or folder nowhere.pt" in capsys.readouterr().err

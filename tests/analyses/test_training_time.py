@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.training_time import app, main
+from analyses.training_time import found, main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import attention_distances, new_model, write_photographs
@@ -83,9 +83,26 @@ def test_a_training_that_taught_nothing_is_not_as_published(
     assert not json.loads((tmp_path / "training_time.json").read_text())["as_published"]
 
 
+@pytest.mark.parametrize(
+    ("what", "first", "last", "holds"),
+    [
+        ("as published", (0.02, 26, 32), (-0.7, 3, 26), True),
+        ("near already before", (-0.2, 26, 32), (-0.7, 3, 26), False),
+        ("far alike before", (0.2, 26, 32), (-0.7, 3, 26), False),
+        ("no nearness at the end", (0.02, 26, 32), (-0.4, 3, 26), False),
+        ("heads no wider apart", (0.02, 26, 32), (-0.7, 3, 8), False),
+    ],
+)
+def test_each_criterion_decides(what: str, first: tuple[float, ...], last: tuple[float, ...], holds: bool) -> None:
+    """Nearness, and how far the nearest and the farthest early head look; between the two is what decides nothing."""
+    columns = ["nearness", "early_nearest", "early_farthest"]
+    table = pd.DataFrame([first, (0.9, 1, 1), last], columns=columns).assign(epoch=[0, 5, 9])
+    assert found(table).holds is holds, what
+
+
 def test_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The bundled model and its snapshots: no nearness before training, and more of it with every snapshot."""
-    assert typed(monkeypatch, app, "--limit", 4, "--out", tmp_path) == 0
+    assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path) == 0
     table = pd.read_csv(tmp_path / "training_time.csv")
     assert table.epoch.tolist() == [0, 1, 4, 16, 24]
     assert table.nearness.iloc[0] == pytest.approx(0, abs=0.05)

@@ -165,6 +165,39 @@ def test_planted_artifacts_are_found(part: float) -> None:
     assert frame["separation"][1] == pytest.approx(np.log(8) / 0.15, rel=0.1)
 
 
+@pytest.mark.parametrize("factors", [(8, 20), (8, 12), (8, 16)])
+def test_artifacts_of_two_kinds_are_found(factors: tuple[int, int]) -> None:
+    """Though the tokens are few about the mean of their component, which lies between the two kinds."""
+    norms = planted(0).ravel()
+    for number, factor in enumerate(factors):
+        norms[number * 60 : (number + 1) * 60] *= factor
+    norms = np.random.default_rng(1).permutation(norms).reshape(100, -1)
+    result = compute(norms)
+    assert result.artifacts[0] == pytest.approx(120 / 20000, abs=5e-4)
+    assert 45 < result.threshold[0] < 100
+
+
+@pytest.mark.parametrize(("count", "found"), [(8, False), (40, True)])
+def test_few_artifacts(count: int, found: bool) -> None:
+    """As the docstring says: some 40 among all images are told from chance."""
+    norms = planted(0).ravel()[:2048].reshape(8, 256)
+    norms[:, : count // 8] *= 8
+    result = compute(norms)
+    assert result.artifacts[0] == (count / 2048 if found else 0)
+
+
+def test_norms_of_zero_hide_no_artifacts() -> None:
+    norms = planted(0.05)
+    plain, few, many = compute(norms), norms.copy(), norms.copy()
+    few[0, 0] = 0
+    many[:, 0] = 0
+    for some in (few, many):
+        result = compute(some)
+        assert result.artifacts[0] == pytest.approx(0.05, abs=2e-3)
+        assert result.artifact_norm[0] == pytest.approx(plain.artifact_norm[0], rel=0.01)
+    assert compute(np.zeros((3, 4))).artifacts.tolist() == [0.0]
+
+
 def test_the_threshold_is_where_scikit_learn_changes_its_mind() -> None:
     norms = planted(0.05, factor=4.0, spread=0.2)
     result = compute(norms)

@@ -11,8 +11,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
-from vit_probe.plots.attention_entropy import plot_attention_entropy, plot_entropy_and_distance
+from vit_probe.plots.attention_entropy import plot_attention_entropy, plot_entropy_and_distance, plot_entropy_sheet
 
 
 @pytest.fixture
@@ -161,3 +162,21 @@ def test_what_is_no_joint_table(entropies: pd.DataFrame, joint: pd.DataFrame) ->
         plot_entropy_and_distance(entropies)
     with pytest.raises(InputError, match="distances and entropies has no rows"):
         plot_entropy_and_distance(joint.iloc[:0])
+
+
+# Both side by side
+
+
+def test_both_side_by_side(joint: pd.DataFrame) -> None:
+    table = joint.rename(columns={"std": "entropy_std"})
+    figure = plot_entropy_sheet(table)
+    left, right = figure.axes[:2]
+    np.testing.assert_array_equal(_dots(left).get_offsets(), table[["layer", "entropy"]])
+    np.testing.assert_array_equal(_dots(right, 0).get_offsets(), table[["distance", "entropy"]])
+    assert figure.get_figwidth() == 6.75
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in (left, right)]
+    assert_inside(figure, boxes)
+    assert not boxes[0].overlaps(boxes[1])
+    with pytest.raises(InputError, match="distance"):
+        plot_entropy_sheet(table.drop(columns="distance"))

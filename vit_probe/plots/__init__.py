@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vit_probe.plots.attention_distance import plot_attention_distance, plot_sorted_heads
 from vit_probe.plots.attention_distances import plot_attention_distances
-from vit_probe.plots.attention_entropy import plot_attention_entropy, plot_entropy_and_distance
+from vit_probe.plots.attention_entropy import plot_attention_entropy, plot_entropy_and_distance, plot_entropy_sheet
 from vit_probe.plots.class_attention import plot_class_attention
 from vit_probe.plots.comparison import Panel, plot_comparison, plot_range
 from vit_probe.plots.deletion import plot_deletion
@@ -25,6 +25,7 @@ from vit_probe.plots.representation_similarity import (
 from vit_probe.plots.rollout import attention_over_black, plot_rollout
 from vit_probe.plots.style import FORMATS, WIDTHS, figure_size, save_figure, style
 from vit_probe.plots.token_norms import plot_token_norms
+from vit_probe.plots.training_time import plot_training_time
 
 __all__ = [
     "FORMATS",
@@ -41,6 +42,7 @@ __all__ = [
     "plot_comparison",
     "plot_deletion",
     "plot_entropy_and_distance",
+    "plot_entropy_sheet",
     "plot_figure7",
     "plot_filter_panels",
     "plot_patch_filters",
@@ -53,6 +55,7 @@ __all__ = [
     "plot_rollout",
     "plot_sorted_heads",
     "plot_token_norms",
+    "plot_training_time",
     "save_figure",
     "style",
 ]

@@ -6,12 +6,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from vit_probe.plots.heads import HeadQuantity, dots_against_depth, slim_bar, uniform_by_layer
-from vit_probe.plots.style import drawing_axes, figure_size
+from vit_probe.plots.style import drawing_axes, figure_size, style
 from vit_probe.plots.tables import check_columns, check_rows
 
-__all__ = ["plot_attention_entropy", "plot_entropy_and_distance"]
+__all__ = ["plot_attention_entropy", "plot_entropy_and_distance", "plot_entropy_sheet"]
 
 _ENTROPY = HeadQuantity(
     column="entropy",
@@ -94,3 +95,25 @@ def plot_entropy_and_distance(frame: pd.DataFrame, *, ax: Axes | None = None) ->
         axes.legend(loc="upper left", frameon=False, borderpad=0.2)  # few tokens are near, so that no dot lies there
         slim_bar(axes, dots, "Layer", [first, last] if last > first else [first])
     return axes
+
+
+def plot_entropy_sheet(frame: pd.DataFrame) -> Figure:
+    """Draw the heads' entropies twice, side by side: against depth, and against attention distance.
+
+    Args:
+        frame: One row a head, as `head_table` gives them.
+
+    Returns:
+        A figure of a page's width (6.75 inches); its first two axes are those of `plot_attention_entropy` and
+        `plot_entropy_and_distance`.
+
+    Raises:
+        InputError: As these two do.
+    """
+    with style():
+        figure = Figure(figsize=figure_size("icml-page", 0.36))
+        figure.set_layout_engine("constrained", w_pad=0.06)
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        plot_attention_entropy(frame.rename(columns={"entropy_std": "std"}), ax=left)
+        plot_entropy_and_distance(frame, ax=right)
+    return figure
