@@ -217,3 +217,12 @@ class Largest(TorchDispatchMode):
 def output(value: object) -> Tensor:
     """The tensor in a model's output."""
     return value if isinstance(value, Tensor) else value.last_hidden_state  # type: ignore[attr-defined]
+
+
+def branches_side_by_side() -> nn.Module:
+    """timm's blocks of two attentions whose outputs are added up: neither is what passes on."""
+    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+
+    torch.manual_seed(0)
+    sizes = dict(img_size=24, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    return VisionTransformer(**sizes, block_fn=ParallelThingsBlock).eval()

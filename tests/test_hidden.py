@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.families.timm import sam as timm_sam
 from tests.families.timm import swin as timm_swin
-from tests.models import FAMILIES, Family, images, small_vit, swin
+from tests.models import FAMILIES, Family, branches_side_by_side, images, small_vit, swin
 from tests.test_hooks import leaves_nothing
 from tests.test_processes import ends, start
 from tests.test_tokens import TokenFirst
@@ -373,13 +373,8 @@ def test_blocks_that_do_not_show_what_passes(model: nn.Module, message: str) -> 
 
 
 def test_branches_side_by_side_of_timm() -> None:
-    """A block of two attentions whose outputs are added up: neither is what passes on."""
-    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
-
-    sizes = dict(img_size=24, patch_size=8, embed_dim=16, depth=2, num_heads=2)
-    model = VisionTransformer(**sizes, block_fn=ParallelThingsBlock).eval()
     with pytest.raises(InputError, match=r"the block around blocks.0.attns.1.attn does not take the tokens from the block"):
-        run(model, images()).observe(Tokens())
+        run(branches_side_by_side(), images()).observe(Tokens())
 
 
 def test_blocks_that_pass_on_something_else() -> None:

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.models import classifier, images, swin, transformers_vit
+from tests.models import branches_side_by_side, classifier, images, swin, transformers_vit
 from vit_probe import (
+    InputError,
     VisionTransformer,
     ViTConfig,
     attention_entropy,
@@ -123,8 +124,22 @@ def test_a_model_without_class_token_or_positions() -> None:
 
 def test_an_iterator_is_gone_through_once(model: VisionTransformer) -> None:
     found = overview(model, iter([images(32, 32, batch=4)]), device="cpu")
-    assert {"token_norms", "representation_similarity"} <= set(found.left_out)
-    assert found.results["attention_distance"].provenance["images"]["count"] == 4
+    assert found.left_out == {}
+    assert {result.provenance["images"]["count"] for name, result in found.results.items() if name in MEASURES} == {4}
+
+
+def test_blocks_that_do_not_show_their_tokens() -> None:
+    """Attention is measured all the same, as far as there is something to go through again."""
+    parallel = branches_side_by_side()
+    found = overview(parallel, images(batch=4), device="cpu")
+    assert "does not take the tokens from the block before it" in found.left_out["token_norms"]
+    assert found.left_out["token_norms"] == found.left_out["representation_similarity"]
+    expected = mean_attention_distance(parallel, images(batch=4), device="cpu")
+    distance = found.results["attention_distance"]
+    np.testing.assert_array_equal(distance.to_dataframe()["distance"], expected.to_dataframe()["distance"])
+    assert distance.provenance == expected.provenance
+    with pytest.raises(InputError, match="does not take the tokens from the block before it"):
+        overview(parallel, iter([images(batch=4)]), device="cpu")
 
 
 def test_of_another_library() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -93,18 +93,19 @@ def overview(
     batch_size: int = 16,
     device: str = "auto",
 ) -> Overview:
-    """Measures all that can be measured of a model on some images.
+    """Measures all that can be measured of a model on some images, in one pass.
 
     Args:
-        model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
-        images: Photographs, paths, or a preprocessed tensor (batch, channel, height, width). They are gone through twice, for
-            measures of attention and for those of tokens, for which nothing is left of an iterator.
+        model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`. Where its blocks do not show
+            their tokens, the images go through it once more, for the measures of attention alone.
+        images: Photographs, paths, a preprocessed tensor (batch, channel, height, width), or an iterable of such batches.
         preprocessing: How photographs are prepared; the model's own if None.
         batch_size: Images a forward pass.
         device: Where to run: `auto`, `cpu`, `cuda`, `mps`.
 
     Raises:
-        InputError: If the images cannot be used, or no attention is seen.
+        InputError: If the images cannot be used, or no attention is seen; or if the blocks do not show their tokens and nothing
+            is left of an iterator.
     """
     left_out: dict[str, str] = {}
 
@@ -118,36 +119,41 @@ def overview(
     run = AttentionRun(
         model, images, preprocessing=preprocessing, batch_size=batch_size, device=device, keep_images=SHOWN_IMAGES
     )
-    far, broad = AttentionDistance(run.grid, windows=run.windows), AttentionEntropy(run.grid, windows=run.windows)
-    rolled = attempt("rollout", lambda: AttentionRollout(run.grid, windows=run.windows))
-    attended = attempt("class_attention", lambda: ClassAttention(run.grid, run.layers, windows=run.windows))
-    run.observe(far, broad, *(measure for measure in (rolled, attended) if measure is not None))
+    rollout = partial(AttentionRollout, run.grid, windows=run.windows)
+    attended = partial(ClassAttention, run.grid, run.layers, windows=run.windows)
 
-    def computed(measure: Any, **more: Any) -> Any:
-        return None if measure is None else measure.compute(run.provenance(measure.options), **more)
-
-    kept = {"names": run.images.names, "images": run.images.kept()}
-    heads = {"attention_distance": computed(far), "attention_entropy": computed(broad)}
-    maps = {"rollout": computed(rolled, **kept), "class_attention": computed(attended, **kept)}
-    tokens: dict[str, Any] = {}
-    norms, alike = TokenNorms(run.layers), RepresentationSimilarity(run.layers)
-    try:
-        run.observe(norms, alike)
-    except InputError as error:
-        left_out |= dict.fromkeys(("token_norms", "representation_similarity"), str(error))
-    else:
-        tokens = {
-            "token_norms": attempt("token_norms", lambda: computed(norms)),
-            "representation_similarity": attempt("representation_similarity", lambda: computed(alike)),
+    def observed(of_tokens: Mapping[str, Any]) -> dict[str, Any]:
+        """The measures by name, after a pass."""
+        measures = {
+            "attention_distance": AttentionDistance(run.grid, windows=run.windows),
+            "attention_entropy": AttentionEntropy(run.grid, windows=run.windows),
+            **of_tokens,
+            "rollout": attempt("rollout", rollout),
+            "class_attention": attempt("class_attention", attended),
         }
-    weights = {
-        "patch_filters": attempt("patch_filters", lambda: patch_filters(model)),
-        "position_similarity": attempt("position_similarity", lambda: position_similarity(model)),
-    }
-    results = heads | tokens | weights | maps
-    return Overview({name: result for name, result in results.items() if result is not None}, left_out)
+        measures = {name: measure for name, measure in measures.items() if measure is not None}
+        run.observe(*measures.values())
+        return measures
+
+    try:
+        of_tokens = TokenNorms(run.layers), RepresentationSimilarity(run.layers)
+        measures = observed(dict(zip(_OF_TOKENS, of_tokens, strict=True)))
+    except InputError as error:
+        if isinstance(images, Iterator):
+            raise
+        measures = observed({})
+        left_out |= dict.fromkeys(_OF_TOKENS, str(error))
+    kept = {"names": run.images.names, "images": run.images.kept()}
+    results = {}
+    for name, measure in measures.items():
+        more = kept if name in ("rollout", "class_attention") else {}
+        results[name] = attempt(name, partial(measure.compute, run.provenance(measure.options), **more))
+    results["patch_filters"] = attempt("patch_filters", partial(patch_filters, model))
+    results["position_similarity"] = attempt("position_similarity", partial(position_similarity, model))
+    return Overview({name: results[name] for name in _TITLES if results.get(name) is not None}, left_out)
 
 
+_OF_TOKENS = ("token_norms", "representation_similarity")
 _Numbers = list[tuple[str, str, float]]
 
 
