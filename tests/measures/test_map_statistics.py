@@ -85,6 +85,20 @@ def test_a_constant_map_correlates_with_none() -> None:
     constant = np.full((3, 4), 0.1, dtype=np.float32)
     assert np.isnan(map_correlation(constant, maps(3, 4)))
     assert np.isnan(map_correlation(constant, constant))
+    logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32) * 1e-9
+    even = np.exp(logits) / np.exp(logits).sum()  # of a softmax in float32
+    rounded = even * (1 + np.float32(1.2e-7) * np.sign(logits))
+    assert np.isnan(map_correlation(rounded, maps(3, 4)))
+
+
+def test_a_head_with_a_constant_map_is_left_out() -> None:
+    values = maps(2, 3, 3, 5)
+    expected = head_correlation(values[:, 1:])
+    values[0, 0] = 0.1
+    found = head_correlation(values)
+    assert np.isnan(found).tolist() == [[True, False, False], [False, False, False]]
+    np.testing.assert_allclose(found[0, 1:], expected[0])
+    assert np.isnan(head_correlation(np.full((2, 3, 3), 0.1))).all()
 
 
 def test_heads_are_compared_in_pairs() -> None:

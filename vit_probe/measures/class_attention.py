@@ -62,26 +62,27 @@ class ClassAttentionResult(Result):
 
     def summary(self) -> pd.DataFrame:
         """One row a head, means over images: the part on prefix tokens, the part of the patches that holds 60 % of the rest,
-        and the correlation over the patches with the other heads.
+        and the correlation over the patches with the other heads (without images where this head's map is constant).
         """
         return pd.DataFrame(
             {
                 "head": np.arange(self.maps.shape[1]),
                 "prefix mass": self.prefix_mass.mean(axis=0),
                 "patches with 60 %": kept_mass_mask(self.maps).mean(axis=(0, 2, 3)),
-                "correlation with others": head_correlation(self.maps).mean(axis=0),
+                "correlation with others": pd.DataFrame(head_correlation(self.maps)).mean().to_numpy(),
             }
         )
 
     def beside(self, rollout: Float[np.ndarray, "image row col"]) -> pd.DataFrame:
         """One row an image that tells these maps from its rollout: name; heads_correlation, the mean over pairs of heads of
-        their maps' correlation over the patches; rollout_correlation, that of rollout with the mean over heads; heads_patches
-        and rollout_patches, the part of the patches that holds 60 % of a head's map (mean over heads), and of rollout.
+        their maps' correlation over the patches (without constant maps); rollout_correlation, that of rollout with the mean
+        over heads; heads_patches and rollout_patches, the part of the patches that holds 60 % of a head's map (mean over
+        heads), and of rollout.
         """
         return pd.DataFrame(
             {
                 "name": self.names,
-                "heads_correlation": head_correlation(self.maps).mean(axis=1),
+                "heads_correlation": pd.DataFrame(head_correlation(self.maps)).mean(axis=1),
                 "rollout_correlation": map_correlation(rollout, self.maps.mean(axis=1)),
                 "heads_patches": kept_mass_mask(self.maps).mean(axis=(1, 2, 3)),
                 "rollout_patches": kept_mass_mask(rollout).mean(axis=(1, 2)),

@@ -13,6 +13,7 @@ from vit_probe.errors import InputError
 __all__ = ["head_correlation", "kept_mass_mask", "map_correlation"]
 
 _ROUNDING = 1e-9
+_EVEN = 1e-6  # of its size: attention in float32 tells no finer
 
 
 def kept_mass_mask(maps: Float[np.ndarray, "*maps row col"], mass: float = 0.6) -> Bool[np.ndarray, "*maps row col"]:
@@ -49,7 +50,7 @@ def kept_mass_mask(maps: Float[np.ndarray, "*maps row col"], mass: float = 0.6) 
 def map_correlation(
     one: Float[np.ndarray, "*#maps row col"], other: Float[np.ndarray, "*#maps row col"]
 ) -> Float[np.ndarray, "*maps"]:
-    """Pearson's correlation of two maps over the patches; NaN where one is constant.
+    """Pearson's correlation of two maps over the patches; NaN where one is constant, to a millionth.
 
     Raises:
         InputError: If the maps are of other grids, or hold a value that is not finite.
@@ -63,8 +64,8 @@ def map_correlation(
 def head_correlation(maps: Float[np.ndarray, "*images head row col"]) -> Float[np.ndarray, "*images head"]:
     """Mean of the correlations of each head's map with those of the other heads.
 
-    Its mean over the heads is the mean over all pairs of heads. NaN where there is but one head, and for all heads of an image
-    of which one map is constant, since the pairs with it have no correlation.
+    Its mean over the heads is the mean over all pairs of heads. Pairs with a map that is constant have no correlation and are
+    left out: NaN for such a head, and where no other is left.
 
     Raises:
         InputError: If the maps have no axis for heads, or hold a value that is not finite.
@@ -72,19 +73,19 @@ def head_correlation(maps: Float[np.ndarray, "*images head row col"]) -> Float[n
     values = _checked(maps)
     if values.ndim < 3:
         raise InputError(f"maps have shape {values.shape}; they must be (head, row, col), or have images before that")
-    heads = values.shape[-3]
-    if heads == 1:
-        return np.full(values.shape[:-2], np.nan)
     standard = _standardised(values).reshape(*values.shape[:-2], -1)
     pairs = standard @ standard.swapaxes(-1, -2)
-    return np.asarray((pairs.sum(axis=-1) - np.diagonal(pairs, axis1=-2, axis2=-1)) / (heads - 1))
+    pairs[..., np.eye(values.shape[-3], dtype=bool)] = np.nan
+    there = np.isfinite(pairs)
+    count = there.sum(axis=-1)
+    return np.asarray(np.where(there, pairs, 0).sum(axis=-1) / np.where(count > 0, count, np.nan))
 
 
 def _standardised(maps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each map less its mean, of length 1; NaN if it is constant but for rounding."""
+    """Each map less its mean, of length 1; NaN if it is constant."""
     deviations = maps - maps.mean(axis=(-2, -1), keepdims=True)
     length = np.sqrt((deviations**2).sum(axis=(-2, -1), keepdims=True))
-    constant = length <= _ROUNDING * np.sqrt((maps**2).sum(axis=(-2, -1), keepdims=True))
+    constant = length <= _EVEN * np.sqrt((maps**2).sum(axis=(-2, -1), keepdims=True))
     return np.asarray(deviations / np.where(constant, np.nan, length))
 
 

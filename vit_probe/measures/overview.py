@@ -229,7 +229,7 @@ def _of_rollout(result: AttentionRolloutResult) -> _Numbers:
 def _of_class_attention(result: ClassAttentionResult) -> _Numbers:
     return [
         ("attention on prefix tokens", "part", result.prefix_mass.mean()),
-        ("correlation of heads", "", head_correlation(result.maps).mean()),
+        ("correlation of heads", "", pd.Series(head_correlation(result.maps).ravel()).mean()),
     ]
 
 
