@@ -387,9 +387,14 @@ def test_images_that_come_otherwise_the_second_time() -> None:
 
 
 def test_images_that_are_all_alike() -> None:
-    measure = feed(RepresentationSimilarity(NAMES[:1]), [torch.ones(5, 2, 3)])
-    with pytest.raises(InputError, match=r"all images of each batch have the same tokens in layer 0 \(blocks.0.attn\); there"):
-        measure.compute()
+    """Or all but one: of the pairs of the others nothing is left but rounding."""
+    tokens = torch.randn(1, 2, 3).repeat(5, 1, 1)
+    for third in (tokens[1].clone(), torch.randn(2, 3)):
+        tokens[2] = third
+        measure = feed(RepresentationSimilarity(NAMES[:1]), [tokens])
+        message = r"all images of each batch, or all but one, have the same tokens in layer 0 \(blocks.0.attn\); there is"
+        with pytest.raises(InputError, match=message):
+            measure.compute()
 
 
 def test_tokens_that_are_not_finite() -> None:

@@ -16,6 +16,7 @@ __all__ = ["FEWEST", "centred_pairs", "inner_products"]
 FEWEST = 4
 """Images of which the estimator can be computed."""
 
+_ROUNDING = 1e-12
 _AT_ONCE = 1 << 21  # numbers that are made wide at a time
 
 
@@ -39,7 +40,7 @@ def centred_pairs(products: Float[np.ndarray, "image image"]) -> Float[np.ndarra
     """A vector whose inner product with that of other representations is the number of images times the estimate.
 
     It is what lies above the diagonal of the inner products, once they are centred so that each row without the diagonal sums
-    to 0, times sqrt(2 / (images - 3)).
+    to 0, times sqrt(2 / (images - 3)). Where nothing but rounding is left, as where all images but one are alike, it is 0.
 
     References:
         The estimator: Song et al. 2012, Feature Selection via Dependence Maximization, JMLR 13, equation 5. Its form as an
@@ -50,4 +51,5 @@ def centred_pairs(products: Float[np.ndarray, "image image"]) -> Float[np.ndarra
     off_diagonal = products - np.diag(np.diag(products))
     sums = off_diagonal.sum(axis=0) / (count - 2)
     centred = off_diagonal - sums[:, None] - sums[None, :] + sums.sum() / (count - 1)
-    return centred[np.triu_indices(count, k=1)] * math.sqrt(2 / (count - 3))
+    pairs = centred[np.triu_indices(count, k=1)] * math.sqrt(2 / (count - 3))
+    return pairs if np.linalg.norm(pairs) > _ROUNDING * np.linalg.norm(products) else np.zeros_like(pairs)

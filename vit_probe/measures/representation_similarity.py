@@ -122,7 +122,8 @@ def representation_similarity(
 
     Raises:
         InputError: If the batches are too small, the images cannot be used, the two models were not shown the same images, the
-            blocks of a model cannot be told apart, or all images have the same tokens in some layer.
+            blocks of a model cannot be told apart, or the images have the same tokens in some
+            layer, or all but one of a batch have.
 
     References:
         Kornblith et al. 2019, arXiv:1905.00414, section 3; in mini-batches: Nguyen et al. 2021, arXiv:2010.15327; the
@@ -215,8 +216,8 @@ class RepresentationSimilarity(OfTokens):
         """The result over all images so far, within this model, or between it and the model of `other`.
 
         Raises:
-            InputError: If there were too few images, `other` has seen other batches, one of both has not kept them, or all
-                images have the same tokens in some layer.
+            InputError: If there were too few images, `other` has seen other batches, one of both has not kept them, or
+                the images have the same tokens in some layer, or all but one of a batch have.
         """
         beside = self if other is None else other
         sums = self._sums if other is None else self._between(other)
@@ -238,9 +239,10 @@ class RepresentationSimilarity(OfTokens):
             raise InputError(f"no batch of {FEWEST} images or more has been measured yet{reason}")
         own = self._sums.diagonal()
         if alike := np.flatnonzero(own <= 0).tolist():
+            layer = f"{alike[0]} ({self.modules[alike[0]]})"
             raise InputError(
-                f"all images of each batch have the same tokens in layer {alike[0]} ({self.modules[alike[0]]}); there is no "
-                "similarity without differences between images"
+                f"all images of each batch, or all but one, have the same tokens in layer {layer}; there is no similarity "
+                "without differences between images"
             )
         return own
 
