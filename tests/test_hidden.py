@@ -210,21 +210,51 @@ class Hungry(nn.Module):
 
 
 def test_no_fewer_images_at_once_than_a_measure_needs() -> None:
-    """And where memory does not hold so many, the run ends at once, beside a measure that takes any number."""
-    model = Hungry(4)
-    attention = run(model, images(batch=13), batch_size=7)
+    """As long as memory holds so many; else the others go on, and nothing is left but to end where there are none."""
+    x = images(batch=21)
+    model = Hungry(5)
+    attention = run(model, x, batch_size=9)
     model.sizes.clear()
     norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
-    with pytest.warns(AssumptionWarning, match="memory does not hold 7 images"):
+    with pytest.warns(AssumptionWarning, match="memory does not hold 9 images"):
         attention.observe(norms, similarity)
-    assert model.sizes == [7, 4, 3, 4, 2]
+    assert model.sizes == [9, 5, 4, 5, 4, 3]  # pieces of equal size, lest the rest be too small
     found = similarity.compute()
-    assert (found.num_images, found.num_left_out, norms.compute().num_images) == (8, 5, 13)
-    model.most = 3
-    message = "memory does not hold 4 images, and a measure needs batches of 4 or more; choose a device with more memory"
+    assert (found.num_images, found.num_left_out, norms.compute().num_images) == (18, 3, 21)
+
+    model = Hungry(3)
+    attention = run(model, x, batch_size=9)
+    norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
+    with pytest.warns(AssumptionWarning, match="memory does not hold 4 images; what is measured in batches of 4 or more has"):
+        attention.observe(norms, similarity)
+    assert norms.compute().num_images == 21
+    with pytest.raises(InputError, match="21 images came in smaller ones"):
+        similarity.compute()
+
+    model.sizes.clear()
+    message = "memory does not hold 4 images, and what is measured needs batches of 4 or more; choose a device with more"
     with pytest.raises(InputError, match=message):
-        attention.observe(TokenNorms(attention.layers), RepresentationSimilarity(attention.layers))
-    assert model.sizes[5:] == [4]
+        run(model, x, batch_size=4).observe(RepresentationSimilarity(attention.layers))
+    assert model.sizes[-1] == 4
+    attention.observe()  # nothing
+
+
+def test_halved_interrupted_and_gone_on_with(tmp_path: Path) -> None:
+    """The pieces are those of a run that was not interrupted: which images come together matters to the similarity."""
+    x, state = images(batch=40), tmp_path / "state"
+
+    def stop(count: int) -> None:
+        if state.exists():
+            raise KeyboardInterrupt
+
+    whole = run(Hungry(5), x, batch_size=9)
+    first = run(Hungry(5), x, batch_size=9)
+    whole.observe(expected := RepresentationSimilarity(whole.layers))
+    with pytest.raises(KeyboardInterrupt):
+        first.observe(RepresentationSimilarity(first.layers), progress=stop, state=state, every=1)
+    again = run(Hungry(5), x, batch_size=9)
+    again.observe(measure := RepresentationSimilarity(again.layers), state=state)
+    np.testing.assert_allclose(measure.compute().similarity, expected.compute().similarity, rtol=1e-9)
 
 
 def measured(model: nn.Module, x: Any, **options: Any) -> np.ndarray:

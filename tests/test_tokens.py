@@ -73,6 +73,29 @@ def test_one_layer_has_a_block_too() -> None:
     assert block_path(other, survey(other, 32, 32), 0) == "encoder.layers.encoder_layer_0"
 
 
+def test_one_layer_whose_attention_stands_in_a_list() -> None:
+    """With its norm, within the block: what passes on is the block's."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.Sequential(nn.LayerNorm(8), Shared())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attn(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.blocks, self.norm = nn.Conv2d(3, 8, 8, 8), nn.ModuleList([Block()]), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.blocks[0](self.patch_embed(x).flatten(2).mT[:, None]))
+
+    model = Model().eval()
+    assert block_path(model, survey(model, 24, 24), 0) == "blocks.0"
+
+
 def test_one_layer_in_no_list() -> None:
     class Alone(nn.Module):
         def __init__(self) -> None:

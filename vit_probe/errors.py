@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AssumptionWarning", "InputError", "ProcessGone", "SharedInputError", "UnsupportedArchitecture"]
+__all__ = ["AssumptionWarning", "InputError", "ProcessGone", "SharedInputError", "TokensNotSeen", "UnsupportedArchitecture"]
 
 
 class InputError(ValueError):
@@ -15,6 +15,10 @@ class InputError(ValueError):
 
 class UnsupportedArchitecture(InputError):
     """Our own `VisionTransformer` does not cover a checkpoint's model, or is not told enough; the library that wrote it may."""
+
+
+class TokensNotSeen(InputError):
+    """The blocks of a model cannot be told apart, or do not pass its tokens on; its attention may be seen all the same."""
 
 
 class SharedInputError(InputError):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_probe.errors import InputError
+from vit_probe.errors import TokensNotSeen
 from vit_probe.geometry import first_tensor
 from vit_probe.routing import ForwardStopped
 from vit_probe.survey import Survey
@@ -45,7 +45,7 @@ def token_hooks(model: nn.Module, found: Survey, observers: Sequence[TokenObserv
         observers: Shown each layer in turn.
 
     Raises:
-        InputError: At once, if the model's blocks cannot be told apart; while the model runs, if they do not pass the tokens
+        TokensNotSeen: At once, if the model's blocks cannot be told apart; while the model runs, if they do not pass the tokens
             on from one to the next.
     """
     if not observers:
@@ -86,7 +86,7 @@ class _Passing:
     def show(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = first_tensor((*args, *kwargs.values()))
         if layer != self._next or not self._takes_what_was_passed(layer, given):
-            raise InputError(
+            raise TokensNotSeen(
                 f"the block around {self._found.layers[layer]} does not take the tokens from the block before it; what that "
                 "one returns is not what passes from layer to layer"
             )
@@ -112,4 +112,4 @@ class _Passing:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called where the forward pass did not end at the last block."""
         name = self._found.layers[self._next]
-        raise InputError(f"{type(module).__name__} passes its images by the block around {name}, or calls it in its own way")
+        raise TokensNotSeen(f"{type(module).__name__} passes its images by the block around {name}, or calls it in its own way")

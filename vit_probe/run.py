@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
@@ -12,18 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import InputError
 from vit_probe.geometry import TokenGrid, first_parameter
 from vit_probe.hidden import TokenObserver, token_hooks
 from vit_probe.hooks import attention_hooks
 from vit_probe.images import Preprocessing
 from vit_probe.measure import Measure, PerImage
+from vit_probe.pieces import Pieces
 from vit_probe.processes import Processes
 from vit_probe.results import software_versions, weights_sha256
-from vit_probe.routing import ForwardStopped, evaluated
+from vit_probe.routing import evaluated
 from vit_probe.state import RunState, differing, read_state, write_state
 from vit_probe.stream import Images, ImageStream
 from vit_probe.survey import survey
@@ -80,7 +79,7 @@ class AttentionRun:
         with self._on_device():
             found = survey(model, *self.images.image_size, grid=grid)
         self._found = found
-        self._at_once: int | None = None  # images that memory holds, where it does not hold a batch
+        self._pieces = Pieces()
         self.grid, self.windows, self.layers, self.skipped = found.grid, found.windows, found.layers, found.skipped
 
     def observe(
@@ -94,9 +93,9 @@ class AttentionRun:
 
         Measures with `update_tokens` (see `vit_probe.hidden.TokenObserver`) are shown the patch tokens that each block passes
         on, in the same forward pass. It ends after the last layer's attention, or after the last block where there are such
-        measures. A batch that memory does not hold is halved, and so are those after it, though not below what a measure needs.
-        Each of several processes shows its share of the images; then `measures` and `images` of the first have those of all, in
-        the order of the whole list, and the others go on as soon as it has them.
+        measures. A batch that memory does not hold is halved, and so are those after it, though not below what all measures
+        need. Each of several processes shows its share of the images; then `measures` and `images` of the first have those of
+        all, in the order of the whole list, and the others go on as soon as it has them.
 
         Args:
             measures: Observers for `attention_hooks`; with `state` or in several processes, measures of this package, and in
@@ -123,13 +122,14 @@ class AttentionRun:
 
         def keep() -> None:
             if state is not None:
-                write_state(state, identity, RunState(self.images.state(), [measure.state() for measure in kept]))
+                write_state(state, identity, self._state(kept))
 
         self._check_alike(identity)
         with self.processes.together():
             found = None if state is None else read_state(state, identity)
         if found is not None:
             self.images.go_on(found.images)
+            self._pieces.at_once = found.at_once
             for measure, values in zip(kept, found.measures, strict=True):
                 measure.restore(values)
             if progress is not None:
@@ -144,7 +144,7 @@ class AttentionRun:
         ):
             hooks.stop_after = None if of_tokens else len(self.layers) - 1
             for number, batch in enumerate(self.images, start=1):
-                self._show(batch.to(self.device, dtype), measures)
+                self._pieces.show(self.model, batch.to(self.device, dtype), measures)
                 if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():
                     raise InputError(
                         f"{type(self.model).__name__} attends otherwise in this batch than before: its layers were "
@@ -157,6 +157,9 @@ class AttentionRun:
         keep()
         if several:
             self._gather(kept, fresh)
+
+    def _state(self, measures: Sequence[Measure]) -> RunState:
+        return RunState(self.images.state(), [measure.state() for measure in measures], self._pieces.at_once)
 
     def _gather(self, measures: Sequence[Measure], fresh: Sequence[Measure]) -> None:
         """Adds what the other processes have to what the first has, in the order of the whole list."""
@@ -200,39 +203,6 @@ class AttentionRun:
             "number of processes": self.processes.count,
             "process": self.processes.rank,
         }
-
-    def _show(self, batch: Float[Tensor, "image channel height width"], measures: Sequence[AttentionObserver]) -> None:
-        """Takes a batch through the model; in halves, and later batches too, where memory does not hold it."""
-        fewest = max(getattr(measure, "fewest", 1) for measure in measures)
-        waiting = list(batch.split(self._at_once or len(batch)))
-        while waiting:
-            part = waiting.pop(0)
-            for measure in measures:
-                if isinstance(measure, Measure):
-                    measure.begin_batch()
-            try:
-                with suppress(ForwardStopped):
-                    self.model(part)
-                for measure in measures:
-                    if isinstance(measure, Measure):
-                        measure.end_batch()
-            except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has none of its own
-                full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                if not full or len(part) == 1 or not all(isinstance(measure, Measure) for measure in measures):
-                    raise
-                if len(part) <= fewest:
-                    raise InputError(
-                        f"memory does not hold {len(part)} images, and a measure needs batches of {fewest} or more; choose a "
-                        "device with more memory, or smaller images"
-                    ) from error
-                for measure in measures:
-                    measure.roll_back()  # type: ignore[attr-defined]
-                if self._at_once is None:
-                    warnings.warn(
-                        f"memory does not hold {len(part)} images; fewer are taken at once", AssumptionWarning, stacklevel=4
-                    )
-                self._at_once = max(len(part) // 2, fewest)
-                waiting = [piece for whole in (part, *waiting) for piece in whole.split(self._at_once)]
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -28,10 +28,12 @@ class RunState:
     Args:
         images: What the stream of images keeps of those it has gone through.
         measures: What each measure has added up.
+        at_once: How many images memory holds, where it did not hold a batch.
     """
 
     images: dict[str, Any]
     measures: list[dict[str, Any]]
+    at_once: int | None = None
 
 
 def state_file(folder: Path, rank: int, count: int, *, go_on: bool) -> Path:
@@ -66,7 +68,7 @@ def write_state(path: Path, identity: Mapping[str, Any], state: RunState) -> Pat
         found = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         arrays |= {f"{index}/{name}": np.ascontiguousarray(value) for name, value in found.items()}
         plain.append({name: value for name, value in values.items() if name not in found})
-    content = {"identity": _as_json(identity), "images": state.images, "measures": plain}
+    content = {"identity": _as_json(identity), "images": state.images, "measures": plain, "at_once": state.at_once}
     return write_bytes(path, save(arrays, metadata={"vit_probe_state": json.dumps(content)}))
 
 
@@ -94,7 +96,7 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
     for name, array in arrays.items():
         index, _, field = name.partition("/")
         measures[int(index)][field] = array
-    return RunState(content["images"], measures)
+    return RunState(content["images"], measures, content.get("at_once"))
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_probe.errors import InputError
+from vit_probe.errors import TokensNotSeen
 from vit_probe.geometry import TokenGrid, first_convolution, first_parameter, first_tensor
 from vit_probe.routing import evaluated
 from vit_probe.survey import Survey
@@ -36,7 +36,7 @@ def patch_tokens(
         after_layers: From 0 to the number of layers.
 
     Raises:
-        InputError: If the model's blocks cannot be told apart, or what they pass on are not the tokens.
+        TokensNotSeen: If the model's blocks cannot be told apart, or what they pass on are not the tokens.
     """
     layer = max(after_layers - 1, 0)
     path = block_path(model, found, layer)
@@ -68,10 +68,11 @@ def block_path(model: nn.Module, found: Survey, layer: int) -> str:
     """The path of the block around an attention layer, such as `blocks.0` around `blocks.0.attn`.
 
     It is the largest module with a forward pass of its own that holds no other attention layer, nor the first convolution;
-    in a model of one layer the largest of those that stand in a list, if any does, as what is around may hold the final norm.
+    in a model of one layer the largest of those that stand alone in a list, if any does: what is around may hold the final
+    norm.
 
     Raises:
-        InputError: If there is none: a module is called for several layers, or the model calls the attention itself.
+        TokensNotSeen: If there is none: a module is called for several layers, or the model calls the attention itself.
     """
     path = found.layers[layer]
     stem, convolution = first_convolution(model)
@@ -84,11 +85,14 @@ def block_path(model: nn.Module, found: Survey, layer: int) -> str:
         if not is_list and not any(f"{other}.".startswith(f"{ancestor}.") for other in others):
             around.append(ancestor)
     if len(found.layers) == 1:
-        parents = {path: model.get_submodule(path.rpartition(".")[0]) for path in around}
-        around = [path for path in around if isinstance(parents[path], nn.ModuleList | nn.Sequential)] or around
+        around = [path for path in around if _stands_alone(model.get_submodule(path.rpartition(".")[0]))] or around
     if around:
         return around[0]
-    raise InputError(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
+    raise TokensNotSeen(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
+
+
+def _stands_alone(parent: nn.Module) -> bool:
+    return isinstance(parent, nn.ModuleList | nn.Sequential) and len(parent) == 1
 
 
 def as_sequence(
@@ -104,7 +108,7 @@ def as_sequence(
         token_first: Whether the block has the tokens before the images; as many images as tokens do not tell.
 
     Raises:
-        InputError: If these are not the tokens of the layer's grid.
+        TokensNotSeen: If these are not the tokens of the layer's grid.
     """
     grid = found.grid_of(layer)
     shape = None if tokens is None else tuple(tokens.shape)
@@ -114,6 +118,6 @@ def as_sequence(
         sequence = tokens.transpose(0, 1) if token_first and len(shape) == 3 else tokens
         if len(shape) == 3 and sequence.shape[:2] == (images, grid.num_tokens):
             return sequence[:, grid.num_prefix_tokens :]
-    raise InputError(
+    raise TokensNotSeen(
         f"the block around {found.layers[layer]} passes on a tensor of shape {shape}, which does not hold the tokens of {grid}"
     )

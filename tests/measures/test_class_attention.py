@@ -250,6 +250,17 @@ def test_summary_has_a_row_a_head(result: ClassAttentionResult) -> None:
     np.testing.assert_allclose(summary["correlation with others"], head_correlation(result.maps).mean(axis=0))
 
 
+def test_a_constant_map_takes_no_other_numbers_along(result: ClassAttentionResult) -> None:
+    """Of the first image's first head: the other image tells of this head, and the other heads of this image."""
+    maps = np.concatenate([result.maps, result.maps[:, :1] ** 2], axis=1)
+    expected = head_correlation(maps)
+    maps[0, 0] = 0.01
+    changed = replace(result, maps=maps)
+    pairs = head_correlation(maps)
+    assert changed.summary()["correlation with others"][0] == pytest.approx(expected[1:, 0].mean())
+    assert changed.beside(maps[:, 1])["heads_correlation"][0] == pytest.approx(pairs[0, 1:].mean())
+
+
 def test_beside_rollout(result: ClassAttentionResult) -> None:
     rollout = np.random.default_rng(0).random((3, 3, 4))
     table = result.beside(rollout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from tests.models import branches_side_by_side, classifier, images, swin, transformers_vit
+from tests.test_hidden import Hungry
+from tests.test_tokens import Plain
 from vit_probe import (
     InputError,
     VisionTransformer,
@@ -20,6 +23,7 @@ from vit_probe import (
     patch_filters,
     position_similarity,
 )
+from vit_probe.errors import AssumptionWarning
 from vit_probe.measures.class_attention import class_attention
 from vit_probe.measures.filter_smoothness import low_frequency_share
 from vit_probe.measures.overview import Overview, overview
@@ -140,6 +144,37 @@ def test_blocks_that_do_not_show_their_tokens() -> None:
     assert distance.provenance == expected.provenance
     with pytest.raises(InputError, match="does not take the tokens from the block before it"):
         overview(parallel, iter([images(batch=4)]), device="cpu")
+
+
+def test_blocks_that_cannot_be_told_apart() -> None:
+    """Which is known before the first image, so that an iterator does as well."""
+    found = overview(Plain(shared=True), iter([images(batch=4)]), device="cpu")
+    assert "has no block of its own" in found.left_out["token_norms"]
+    assert found.results["attention_distance"].provenance["images"]["count"] == 4
+
+
+def test_numbers_that_are_not_finite(model: VisionTransformer) -> None:
+    with pytest.raises(InputError, match="not all finite"):
+        overview(model, images(32, 32, batch=4) * torch.nan, device="cpu")
+
+
+def test_too_little_memory_for_one_measure() -> None:
+    """The others are there all the same, of an iterator too."""
+    for given in (images(batch=9), iter([images(batch=9)])):
+        with pytest.warns(AssumptionWarning, match="memory does not hold 4 images; what is measured in batches of 4 or more"):
+            found = overview(Hungry(3), given, batch_size=8, device="cpu")
+        assert "came in smaller ones" in found.left_out["representation_similarity"]
+        counts = [vars(found.results[name])["num_images"] for name in ("token_norms", "attention_distance")]
+        assert counts == [9, 9]
+
+
+def test_an_even_rollout_correlates_with_none(found: Overview) -> None:
+    rollout: Any = found.results["rollout"]
+    maps = rollout.maps.copy()
+    maps[0] = 1 / 16
+    changed = Overview({"rollout": replace(rollout, maps=maps)}, {}).numbers().set_index("number")["value"]
+    pairs = [np.corrcoef(maps[one].ravel(), maps[other].ravel())[0, 1] for one in range(1, 6) for other in range(1, one)]
+    assert changed["correlation of images"] == pytest.approx(np.median(pairs))
 
 
 def test_of_another_library() -> None:

@@ -279,7 +279,7 @@ def test_what_memory_does_not_hold_is_halved() -> None:
         halved.compute(other=observed(small_vit(), x, batch_size=16))
     with (
         pytest.warns(AssumptionWarning),
-        pytest.raises(InputError, match="memory does not hold 4 images, and a measure needs batches of 4"),
+        pytest.raises(InputError, match="memory does not hold 4 images, and what is measured needs batches of 4"),
     ):
         representation_similarity(Hungry(2), x, device="cpu")
 

@@ -190,10 +190,11 @@ def test_norms_of_zero_hide_no_artifacts() -> None:
     norms = planted(0.05)
     plain, few, many = compute(norms), norms.copy(), norms.copy()
     few[0, 0] = 0
-    many[:, 0] = 0
+    many[:, :20] = 0
     for some in (few, many):
         result = compute(some)
-        assert result.artifacts[0] == pytest.approx(0.05, abs=2e-3)
+        assert result.artifacts[0] == (some > result.threshold[0]).mean()
+        assert result.artifacts[0] == pytest.approx(0.05 * (some > 0).mean(), abs=2e-3)
         assert result.artifact_norm[0] == pytest.approx(plain.artifact_norm[0], rel=0.01)
     assert compute(np.zeros((3, 4))).artifacts.tolist() == [0.0]
 
@@ -225,6 +226,7 @@ def gamma(shape: float) -> np.ndarray:
         ("all the same", np.full((100, 10), 7.0)),
         ("heavy tails", 30 * np.exp(0.1 * np.random.default_rng(0).standard_t(5, 20000).reshape(100, 200))),
         ("flat", np.exp(np.random.default_rng(0).uniform(1, 3, (100, 200)))),
+        ("flat, by chance lower in the middle", np.exp(np.random.default_rng(7).uniform(1, 3, (100, 200)))),
         ("uniform", np.random.default_rng(0).uniform(5, 50, (100, 200))),
     ],
 )

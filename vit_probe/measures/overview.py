@@ -13,14 +13,14 @@ import pandas as pd
 from jaxtyping import Float
 from torch import nn
 
-from vit_probe.errors import InputError
+from vit_probe.errors import InputError, TokensNotSeen
 from vit_probe.images import Preprocessing
 from vit_probe.measures.attention_distance import AttentionDistance, AttentionDistanceResult
 from vit_probe.measures.attention_entropy import AttentionEntropy, AttentionEntropyResult
 from vit_probe.measures.class_attention import ClassAttention, ClassAttentionResult
 from vit_probe.measures.filter_smoothness import low_frequency_share
 from vit_probe.measures.image_maps import SHOWN_IMAGES
-from vit_probe.measures.map_statistics import head_correlation
+from vit_probe.measures.map_statistics import head_correlation, map_correlation
 from vit_probe.measures.patch_filters import PatchFiltersResult, patch_filters
 from vit_probe.measures.position_nearness import position_nearness
 from vit_probe.measures.position_similarity import PositionSimilarityResult, position_similarity
@@ -104,8 +104,8 @@ def overview(
         device: Where to run: `auto`, `cpu`, `cuda`, `mps`.
 
     Raises:
-        InputError: If the images cannot be used, or no attention is seen; or if the blocks do not show their tokens and nothing
-            is left of an iterator.
+        InputError: If the images cannot be used, no attention is seen, or numbers are not finite; or if the blocks turn out
+            not to show their tokens when an iterator has been gone through.
     """
     left_out: dict[str, str] = {}
 
@@ -138,16 +138,18 @@ def overview(
     try:
         of_tokens = TokenNorms(run.layers), RepresentationSimilarity(run.layers)
         measures = observed(dict(zip(_OF_TOKENS, of_tokens, strict=True)))
-    except InputError as error:
-        if isinstance(images, Iterator):
+    except TokensNotSeen as error:
+        if run.images.names and isinstance(images, Iterator):
             raise
-        measures = observed({})
         left_out |= dict.fromkeys(_OF_TOKENS, str(error))
+        measures = observed({})
     kept = {"names": run.images.names, "images": run.images.kept()}
     results = {}
     for name, measure in measures.items():
         more = kept if name in ("rollout", "class_attention") else {}
-        results[name] = attempt(name, partial(measure.compute, run.provenance(measure.options), **more))
+        compute = partial(measure.compute, run.provenance(measure.options), **more)
+        # Of few images there is no similarity.
+        results[name] = attempt(name, compute) if name == "representation_similarity" else compute()
     results["patch_filters"] = attempt("patch_filters", partial(patch_filters, model))
     results["position_similarity"] = attempt("position_similarity", partial(position_similarity, model))
     return Overview({name: results[name] for name in _TITLES if results.get(name) is not None}, left_out)
@@ -217,12 +219,11 @@ def _of_positions(result: PositionSimilarityResult) -> _Numbers:
 
 
 def _of_rollout(result: AttentionRolloutResult) -> _Numbers:
-    flat = result.maps.reshape(len(result.maps), -1).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # a map may be even
-        correlations = np.atleast_2d(np.corrcoef(flat))[np.triu_indices(len(flat), 1)]
+    maps = result.maps.astype(np.float64)
+    one, other = np.triu_indices(len(maps), 1)
     return [
-        ("largest over mean", "", float(np.median(flat.max(axis=1) / flat.mean(axis=1)))),
-        ("correlation of images", "", float(np.median(correlations)) if len(correlations) else np.nan),
+        ("largest over mean", "", float(np.median(maps.max(axis=(1, 2)) / maps.mean(axis=(1, 2))))),
+        ("correlation of images", "", pd.Series(map_correlation(maps[one], maps[other])).median()),
     ]
 
 

@@ -151,8 +151,8 @@ def token_norms(
     has the fewer tokens, and there is a valley between two peaks: in the fitted density, and in the tokens themselves, of which
     fewer lie in the valley than where they are densest on either side, by more than 3.5 standard deviations; and if most of the
     images have one, so that the even ground of a single photograph is none. Else the layer has no artifacts: so fewer than
-    some 40 artifact tokens among all images are not told from chance, and artifacts of three kinds or of very different norms,
-    which no single Gaussian fits, may be missed.
+    15 (of nearly one norm) to 40 artifact tokens among all images are not told from chance, and artifacts of three kinds or of
+    very different norms, which no single Gaussian fits, may be missed.
 
     The criterion counts tokens as independent, though those of an image resemble each other; with thousands of tokens it always
     prefers two components to a skewed one, so that the other conditions decide. The tokens are those after a block's residual

@@ -1,0 +1,88 @@
+"""Batches that memory does not hold, taken through a model in pieces."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.measure import Measure
+from vit_probe.routing import ForwardStopped
+from vit_probe.tiles import AttentionObserver
+
+__all__ = ["Pieces"]
+
+
+class Pieces:
+    """Takes batches through a model whole, or in as many images at once as memory turns out to hold.
+
+    Attributes:
+        at_once: So many images at most, once a batch did not fit; None before.
+    """
+
+    def __init__(self) -> None:
+        self.at_once: int | None = None
+
+    def show(
+        self,
+        model: nn.Module,
+        batch: Float[Tensor, "image channel height width"],
+        measures: Sequence[AttentionObserver],
+    ) -> None:
+        """Takes a batch through the model while `measures` watch; in smaller pieces, and later batches too, where it must.
+
+        Raises:
+            InputError: If memory does not hold as many images as every measure needs.
+        """
+        needed = [getattr(measure, "fewest", 1) for measure in measures] or [1]
+        fewest, most = min(needed), max(needed)
+        waiting = _cut(batch, self.at_once or len(batch), most)
+        while waiting:
+            part = waiting.pop(0)
+            for measure in measures:
+                if isinstance(measure, Measure):
+                    measure.begin_batch()
+            try:
+                with suppress(ForwardStopped):
+                    model(part)
+                for measure in measures:
+                    if isinstance(measure, Measure):
+                        measure.end_batch()
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has none of its own
+                full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not full or len(part) == 1 or not all(isinstance(measure, Measure) for measure in measures):
+                    raise
+                if len(part) <= fewest:
+                    raise InputError(
+                        f"memory does not hold {len(part)} images, and what is measured needs batches of {fewest} or more; "
+                        "choose a device with more memory, or smaller images"
+                    ) from error
+                for measure in measures:
+                    measure.roll_back()  # type: ignore[attr-defined]
+                self._shrink(len(part), most)
+                waiting = [piece for whole in (part, *waiting) for piece in _cut(whole, self.at_once or 1, most)]
+
+    def _shrink(self, images: int, fewest: int) -> None:
+        """Takes at most half as many as these, which memory does not hold, though no fewer than `fewest` as long as it can."""
+        if self.at_once is None:
+            warnings.warn(f"memory does not hold {images} images; fewer are taken at once", AssumptionWarning, stacklevel=5)
+        half = math.ceil(images / 2)
+        self.at_once = max(half, fewest) if images > fewest else half
+        if self.at_once < fewest <= images:
+            warnings.warn(
+                f"memory does not hold {images} images; what is measured in batches of {fewest} or more has none to count",
+                AssumptionWarning,
+                stacklevel=5,
+            )
+
+
+def _cut(batch: Tensor, at_once: int, fewest: int) -> list[Tensor]:
+    """Pieces of equal size but for one image; where these are too small, as many whole ones as there are, and the rest."""
+    count = math.ceil(len(batch) / at_once)
+    return list(batch.tensor_split(count) if len(batch) // count >= fewest else batch.split(at_once))
