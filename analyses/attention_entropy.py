@@ -1,11 +1,12 @@
 """How many tokens each head spreads its attention over, against depth and against how far it looks.
 
 Xie et al. 2022, arXiv:2205.13543: in a supervised ViT heads of the lower layers attend to few tokens and differ from
-each other, those of the higher layers attend broadly and alike; with masked image modelling heads differ in all layers. Clark
-et al. 2019, arXiv:1906.04341, section 3.3 and figure 4 (BERT): some heads of the lowest layers are broad already. As published
-here: over the heads' means entropy is larger in the last third of the layers than in the first, the range of the heads of a
-layer is smaller there, and a head of the first third has at least 90 % of uniform attention's entropy. The bundled model was
-trained with labels and by masking. Zhai et al. 2023, arXiv:2303.06296, find entropy near 0 where training becomes unstable.
+each other, those of the higher layers attend broadly and alike; with masked image modelling heads differ in all layers. As
+published here: over the heads' means entropy is larger in the last third of the layers than in the first, and the heads of a
+layer of the first third differ, both by more than a tenth of uniform attention's entropy (with random weights, by about a
+hundredth); those of the last third differ less. The bundled model was trained with labels and by masking. Clark et al. 2019,
+arXiv:1906.04341, section 3.3 and figure 4 (BERT), find some broad heads in the lowest layers already; Zhai et al. 2023,
+arXiv:2303.06296, entropy near 0 where training becomes unstable.
 
     python -m analyses.attention_entropy --model demo
 """
@@ -25,7 +26,7 @@ from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.attention_entropy import plot_entropy_sheet
 from vit_probe.run import AttentionRun
 
-BROAD = 0.9  # of uniform attention's entropy
+CLEAR = 0.1  # of uniform attention's entropy
 
 
 def main(
@@ -52,11 +53,17 @@ def found(table: pd.DataFrame) -> Finding:
         f"From the first third of the layers to the last the heads' entropy goes from {mean[0]:.2f} to {mean[1]:.2f} nats on "
         f"average (uniform attention: {table.uniform_entropy.iloc[-1]:.2f}), and the range of the heads of a layer from "
         f"{spread[0]:.2f} to {spread[1]:.2f}; the broadest head of the first third has {broadest:.0%} of uniform "
-        f"attention's{'' if broadest >= BROAD else f', less than the {BROAD:.0%} that were expected'}. "
+        f"attention's. "
         f"Over all {len(table)} heads entropy correlates with distance at {correlation:.2f}; the sharpest, "
         f"{table.entropy.min():.2f} nats, looks {table.distance.iloc[table.entropy.argmin()]:.1f} px far."
     )
-    return Finding(text, holds=bool(mean[1] > mean[0] and spread[1] < spread[0] and broadest >= BROAD))
+    clear = CLEAR * table.uniform_entropy.iloc[-1]
+    published = {
+        "entropy is larger in the last third of the layers than in the first": bool(mean[1] - mean[0] > clear),
+        "heads of a layer of the first third differ": bool(spread[0] > clear),
+        "heads of a layer of the last third differ less": bool(spread[1] < spread[0]),
+    }
+    return Finding(text, published)
 
 
 if __name__ == "__main__":

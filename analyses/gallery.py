@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from analyses.study import VERDICTS
 from vit_probe.errors import InputError
 from vit_probe.files import write_bytes
 from vit_probe.options import Format
@@ -40,10 +41,14 @@ def section(name: str, folder: Path) -> str:
     kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     title, _, rest = (import_module(f"analyses.{name}").__doc__ or "").strip().partition("\n\n")
     weights = ", ".join(dict.fromkeys(_weights(kept["provenance"])))
-    verdict = "As published" if kept["as_published"] else "Not as published"
+    verdict = VERDICTS[kept["as_published"]].capitalize()
+    published = "\n".join(f"- {line}" for line in kept["published"])
+    more = [f"[{path.name}]({path.name})" for path in sorted(folder.glob(f"{name}_*.csv"))]
     heading = name.replace("_", " ").capitalize()
-    finding = f"**{verdict}.** {kept['finding']} Numbers: [{name}.csv]({name}.csv). Weights: {weights}."
-    return "\n\n".join([f"### {heading}", f"![{heading}]({name}.png)", " ".join(title.split()), rest.strip(), finding])
+    numbers = ", ".join([f"[{name}.csv]({name}.csv)", *more])
+    finding = f"**{verdict}.** {kept['finding']} Numbers: {numbers}. Weights: {weights}."
+    pictures = [f"![{heading}]({path.name})" for path in (folder / f"{name}.png", *sorted(folder.glob(f"{name}_*.png")))]
+    return "\n\n".join([f"### {heading}", *pictures, " ".join(title.split()), rest.strip(), finding, published])
 
 
 def page(text: str, folder: Path) -> str:

@@ -3,8 +3,8 @@
 Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5 and figure 11 (ViT-L/16 and R50x1 + ViT-L/16). Expected: the highly
 local heads of a ViT's lowest layers are less pronounced in a hybrid, whose ResNet has done their work. As published here: of
 the heads in the first third of the layers a smaller share is local, which means that its mean attention distance is below half
-of uniform attention's. Compare models with as many patches of one size; any checkpoints will do. By default two small models
-that `python -m analyses.train_variants DATA` trained alike.
+of uniform attention's in this model; where neither has any, that stays open. Compare models with as many patches of one size;
+any checkpoints will do. By default two small models that `python -m analyses.train_variants DATA` trained alike.
 
     python -m analyses.hybrid --model analyses/variants/learned_1d.safetensors --hybrid analyses/variants/hybrid.safetensors
 """
@@ -16,12 +16,15 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from torch import nn
 
 from analyses.study import Finding, are_local, in_first_third, keep
 from analyses.train_variants import FOLDER
-from vit_probe import mean_attention_distance, steps, terminal
+from vit_probe import InputError, mean_attention_distance, steps, terminal
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.attention_distances import plot_attention_distances
+
+NUMBERS = (("distance", "min"), ("distance", "mean"), ("uniform_distance", "mean"))
 
 
 def main(
@@ -35,29 +38,35 @@ def main(
     """Draws how far the heads of a pure ViT and of a hybrid look."""
     folder, formats, photographs = steps.prepare(images, None, out, limit, format)
     models = {"pure": steps.load(model), "hybrid": steps.load(hybrid)}
+    if sum(isinstance(module, nn.Conv2d) for module in models["hybrid"].modules()) < 2:
+        raise InputError(f"--hybrid {hybrid} is none: its patches come of no convolutional network")
     results = {name: mean_attention_distance(network, photographs) for name, network in models.items()}
     frames = {name: result.to_dataframe() for name, result in results.items()}
-    for frame in frames.values():
-        frame["local"] = are_local(frame)
-    early = {name: frame[in_first_third(frame)] for name, frame in frames.items()}
-    share = {name: frame.local.mean() for name, frame in early.items()}
-    grids = [(result.provenance["grid"]["rows"], result.provenance["grid"]["cols"]) for result in results.values()]
-    if grids[0] != grids[1]:
-        terminal.complain(f"note: the pure model has {grids[0]} rows and columns of patches, the hybrid {grids[1]}")
-    counts = {name: f"{frame.local.sum()} of {len(frame)}" for name, frame in early.items()}
-    text = (
-        f"In the first third of the layers {counts['pure']} heads of the pure ViT are local, {counts['hybrid']} of the hybrid "
-        f"(below half of uniform attention's {frames['pure'].uniform_distance.iloc[0]:.1f} px"
-        f"{'' if any(share.values()) else '; models without any leave the question open'}); the nearest look "
-        f"{early['pure'].distance.min():.1f} px and {early['hybrid'].distance.min():.1f} px far, on average the heads of these "
-        f"layers {early['pure'].distance.mean():.1f} px and {early['hybrid'].distance.mean():.1f} px."
-    )
-    titles = {"pure": "ViT", "hybrid": "Hybrid (ResNet + ViT)"}
+    even = [frame["uniform_distance"].mean() for frame in frames.values()]
+    if even[0] != even[1]:
+        terminal.complain(f"note: uniform attention looks {even[0]:.1f} px far in one model and {even[1]:.1f} px in the other")
+    titles = {"pure": f"ViT\n{Path(model).name}", "hybrid": f"Hybrid (ResNet + ViT)\n{Path(hybrid).name}"}
     figure = plot_attention_distances({titles[name]: frame for name, frame in frames.items()})
-    table = pd.concat([frame.assign(model=name) for name, frame in frames.items()])
+    table = pd.concat([frame.assign(model=name, local=are_local(frame)) for name, frame in frames.items()])
     provenance = {name: result.provenance for name, result in results.items()}
-    finding = Finding(text, bool(share["hybrid"] < share["pure"]))
-    keep("hybrid", figure.axes[0], table, finding, provenance, folder, formats)
+    keep("hybrid", figure.axes[0], table, found(frames["pure"], frames["hybrid"]), provenance, folder, formats)
+
+
+def found(pure: pd.DataFrame, hybrid: pd.DataFrame) -> Finding:
+    """Of the tables of both models' heads."""
+    early = [frame[in_first_third(frame)] for frame in (pure, hybrid)]
+    local, nearest, mean, even = (
+        [are_local(frame) for frame in early],
+        *([frame[column].agg(how) for frame in early] for column, how in NUMBERS),
+    )
+    text = (
+        f"In the first third of the layers {local[0].sum()} of {len(local[0])} heads of the pure ViT are local, "
+        f"{local[1].sum()} of {len(local[1])} of the hybrid (below half of uniform attention's {even[0]:.1f} px and "
+        f"{even[1]:.1f} px); the nearest look {nearest[0]:.1f} px and {nearest[1]:.1f} px far, on average the heads of these "
+        f"layers {mean[0]:.1f} px and {mean[1]:.1f} px."
+    )
+    fewer = bool(local[1].mean() < local[0].mean()) if any(map(any, local)) else None
+    return Finding(text, {"of the early heads of the hybrid a smaller share is local": fewer})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def main(model: Model = "demo", cnn: Network = None, out: Out = Path("figures"),
     )
     if network:
         text += f" Of the first-layer filters of {names['convolutional']} it holds {share['convolutional']:.0%}."
-    finding = Finding(text, holds=share["trained"] > 0.5 > share["random"])
+    smooth = share["trained"] > 0.5 > share["random"]
+    finding = Finding(text, {"the filters are smooth, and those of random weights are not": smooth})
     keep("patch_filters", figure, table, finding, provenance, folder, formats)
 
 

@@ -31,16 +31,18 @@ def main(
     result = token_norms(loaded, photographs)
     layers = result.to_dataframe()
     table = result.histogram().merge(layers.drop(columns=["module", "tokens"]), on="layer")
-    registers = result.provenance["grid"]["num_prefix_tokens"] - 1
+    grid = result.provenance["grid"]
+    more = grid["num_prefix_tokens"] - grid["has_cls_token"]
+    registers = 0 if more == grid["has_cls_token"] else more  # one beside a class token is DeiT's for distillation
     finding = found(layers, sum(parameter.numel() for parameter in loaded.parameters()), registers)
     keep("token_norms", result.plot(), table, finding, result.provenance, folder, formats)
 
 
 def found(layers: pd.DataFrame, parameters: int, registers: int) -> Finding:
-    """Of the table of a model with so many parameters, and so many prefix tokens beside a class token."""
-    last, some, registered = layers.iloc[-1], layers[layers["artifacts"] > 0], registers > 1  # one is DeiT's for distillation
+    """Of the table of a model with so many parameters and registers."""
+    last, some, registered = layers.iloc[-1], layers[layers["artifacts"] > 0], registers > 0
     text = f"Of {len(layers)} layers of a model with {parameters / 1e6:.1f} million parameters"
-    text += f" and {registers} registers, " if registered else ", "
+    text += f" and {registers} register{'s' * (registers > 1)}, " if registered else ", "
     if some.empty:
         text += f"none has artifacts; in the last, the highest norm is {last['highest'] / last['median']:.1f} times the median."
     else:
@@ -51,7 +53,10 @@ def found(layers: pd.DataFrame, parameters: int, registers: int) -> Finding:
             f"the images, with a norm of {most['artifact_norm']:.3g} where the others have {most['typical_norm']:.3g}. In the "
             f"last layer {100 * last['artifacts']:.2g} % are artifacts."
         )
-    return Finding(text, holds=bool(last["artifacts"] > 0) == (parameters >= LARGE and not registered))
+    if parameters >= LARGE and not registered:
+        return Finding(text, {"a large model has artifacts after the last layer": bool(last["artifacts"] > 0)})
+    smaller = "with registers" if registered else "smaller than ViT-L"
+    return Finding(text, {f"a model {smaller} has no artifacts after the last layer": bool(last["artifacts"] == 0)})
 
 
 if __name__ == "__main__":

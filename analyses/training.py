@@ -292,9 +292,9 @@ def _plot_log(log: pd.DataFrame) -> Figure:
         figure = Figure(figsize=figure_size("neurips", 0.45), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(log.epoch, log.loss, marker=".")
-        left.set(xlabel="Epoch", ylabel="Training loss (mixed images)")
-        for name, label in (("top5", "Top 5"), ("top1", "Top 1"), ("train_top1", "Top 1, training (mixed images)")):
-            right.plot(log.epoch, log[name], marker=".", label=label)
+        left.set(xlabel="Epoch", ylabel="Training loss\n(nats, mixed images)")
+        accuracies = (log.epoch, log.top5, "o-", log.epoch, log.top1, "s-", log.epoch, log.train_top1, "^--")
+        labels = "Top 5, validation", "Top 1, validation", "Top 1, training (mixed images)"
+        right.legend(right.plot(*accuracies, markersize=3), labels, loc="lower left", bbox_to_anchor=(0, 1))
         right.set(xlabel="Epoch", ylabel="Accuracy (%)", ylim=(0, 100))
-        right.legend(loc="lower left", bbox_to_anchor=(0, 1))
     return figure

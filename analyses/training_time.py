@@ -1,10 +1,10 @@
 """What training does to attention distance and to position similarity, from before the first epoch to the end.
 
-Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2 (before training, position embeddings say nothing of where patches lie),
-section 4.5 and figure 10 (models trained for 7 and 14 epochs). Expected: nearness is learned, and in the lowest layers some
-heads come to look at most of the image, others near them. As published here: similarity and distance of two patches correlate
-within 0.1 of 0 before training and below -0.5 at the end; in the first third of the layers the heads' distances spread over
-more pixels at the end than before. The snapshots are those that `train_demo` left behind.
+Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1 (before training, position embeddings say nothing of where patches lie)
+and figure 10 (models trained for 7 and 14 epochs). Expected: nearness is learned. As published here: similarity and distance of
+two patches correlate within 0.1 of 0 before training and below -0.5 at the end. Of attention distance the paper says nothing
+before the end of training; what it does here is told, and not judged. The bundled model did not start at random: in its first
+three layers queries and keys began alike (Trockman & Kolter 2023, arXiv:2305.09828). The snapshots are `train_demo`'s.
 
     python -m analyses.training_time --model demo
 """
@@ -22,6 +22,8 @@ from vit_probe import InputError, mean_attention_distance, position_similarity, 
 from vit_probe.measures.position_nearness import position_nearness
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.training_time import plot_training_time
+from vit_probe.run import model_provenance
+from vit_probe.state import differing
 from vit_probe.terminal import run
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -44,8 +46,12 @@ def main(
     if max(files) >= epochs:
         raise InputError(f"--epochs {epochs}: {snapshots} holds the weights after {max(files)}; tell after how many --model is")
     frames, maps, provenance, rows = {}, {}, {}, list[dict[str, Any]]()
-    for epoch, name in (files | {epochs: model}).items():
-        network, title = steps.load(name), f"epoch {epoch}" if epoch else "before training"
+    networks = {epoch: steps.load(name) for epoch, name in (files | {epochs: model}).items()}
+    for epoch, network in networks.items():
+        if names := differing(*(model_provenance(one)["config"] for one in (network, networks[epochs]))):
+            raise InputError(f"{files[epoch]} is of another training, with another {names}; name the snapshots of {model}")
+    for epoch, network in networks.items():
+        title = f"epoch {epoch}" if epoch else "before training"
         distance, positions = mean_attention_distance(network, photographs), position_similarity(network)
         frames[title], maps[title], provenance[title] = distance.to_dataframe(), positions.similarity, distance.provenance
         heads = frames[title].distance
@@ -62,13 +68,19 @@ def main(
 def found(table: pd.DataFrame) -> Finding:
     """Of the table of all snapshots."""
     first, last = table.iloc[0], table.iloc[-1]
+    near = [f"{row.nearness:.2f}" for row in (first, last)]
+    alike = [f"{row.neighbours:.2f}" for row in (first, last)]
+    far = [f"{row.early_nearest:.1f} to {row.early_farthest:.1f} px" for row in (first, last)]
     text = (
-        f"Similarity and distance of positions correlate at {first.nearness:.2f} before training, at {last.nearness:.2f} after "
-        f"{last.epoch:.0f} epochs. In the first third of the layers the heads look {first.early_nearest:.1f} to "
-        f"{first.early_farthest:.1f} px far before, {last.early_nearest:.1f} to {last.early_farthest:.1f} px after."
+        f"Similarity and distance of positions correlate at {near[0]} before training, at {near[1]} after {last.epoch:.0f} "
+        f"epochs; the mean similarity of neighbours is {alike[0]} and {alike[1]}. In the first third of the layers the heads "
+        f"look {far[0]} far before, {far[1]} after."
     )
-    wider = last.early_farthest - last.early_nearest > first.early_farthest - first.early_nearest
-    return Finding(text, holds=bool(abs(first.nearness) < 0.1 and last.nearness < -0.5 and wider))
+    published = {
+        "before training, similarity of positions tells nothing of nearness": bool(abs(first.nearness) < 0.1),
+        "in the end it does": bool(last.nearness < -0.5),
+    }
+    return Finding(text, published)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def test_the_finding_follows_from_the_table(shown: tuple[pd.DataFrame, dict]) ->
     table, kept = shown
     first, last = table[table.layer < 3], table[table.layer > 5]
     ranges = [np.mean([group.max() - group.min() for _, group in part.groupby("layer").entropy]) for part in (first, last)]
-    broadest = (first.entropy / first.uniform_entropy).max()
-    holds = last.entropy.mean() > first.entropy.mean() and ranges[1] < ranges[0] and broadest >= 0.9
+    broadest, clear = (first.entropy / first.uniform_entropy).max(), np.log(65) / 10
+    holds = last.entropy.mean() - first.entropy.mean() > clear and ranges[1] < ranges[0] > clear
     assert kept["as_published"] == holds
     correlation = np.corrcoef(table.entropy, table.distance)[0, 1]
     for number in (
@@ -72,8 +72,8 @@ def heads(entropies: list[list[float]]) -> pd.DataFrame:
         ("as published", AS_PUBLISHED, True),
         ("no larger at the end", [*AS_PUBLISHED[:4], [0.9, 1.2], [0.9, 1.2]], False),
         ("as wide apart at the end", [*AS_PUBLISHED[:4], [1.5, 4], [0.5, 4]], False),
-        ("no broad head among the first", [[0.5, 3.5], *AS_PUBLISHED[1:]], False),
-        ("the broad head comes later", [[0.5, 3.5], [0.2, 3.1], [1, 3.9], *AS_PUBLISHED[3:]], False),
+        ("hardly larger at the end", [*AS_PUBLISHED[:4], [2.2, 2.6], [2.2, 2.6]], False),
+        ("heads of early layers are alike", [[2.0, 2.3], [2.0, 2.3], [1, 3], [2, 3], [3, 3.2], [3.3, 3.4]], False),
     ],
 )
 def test_each_criterion_decides(what: str, entropies: list[list[float]], holds: bool) -> None:
@@ -81,7 +81,7 @@ def test_each_criterion_decides(what: str, entropies: list[list[float]], holds: 
 
 
 def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Attention that is uniform everywhere rises nowhere."""
+    """Attention that is uniform everywhere rises nowhere, and heads do not differ."""
     model = classifier(depth=1)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight[:96].mul_(1e-3)  # queries and keys

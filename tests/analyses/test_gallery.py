@@ -19,7 +19,8 @@ def folder(tmp_path: Path) -> Path:
         model = {"name": f"model {place}", "weights_sha256": f"{place}123456789"}
         kept = {
             "finding": f"{name} found {place}.",
-            "as_published": place > 0,
+            "as_published": [False, None, True][min(place, 2)],
+            "published": ["yes: this", "no: that"],
             "provenance": {"one": {"model": model}, "two": model},
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(kept), encoding="utf-8")
@@ -39,8 +40,16 @@ def test_every_study_is_between_the_markers_and_the_rest_stays(folder: Path) -> 
 def test_a_section_tells_the_verdict_the_finding_and_the_weights(folder: Path) -> None:
     first, second = (section(name, folder) for name in STUDIES[:2])
     assert f"**Not as published.** {STUDIES[0]} found 0. Numbers: [{STUDIES[0]}.csv]({STUDIES[0]}.csv)." in first
-    assert first.endswith(" Weights: `model 0` (01234567).")
-    assert "**As published.**" in second
+    assert " Weights: `model 0` (01234567).\n" in first
+    assert "**Undecided.**" in second
+    assert second.endswith("\n\n- yes: this\n- no: that")
+    assert "**As published.**" in section(STUDIES[2], folder)
+    (folder / f"{STUDIES[1]}_more.png").touch()
+    (folder / f"{STUDIES[1]}_more.csv").touch()
+    third = section(STUDIES[1], folder)
+    assert f"({STUDIES[1]}.png)\n\n![" in third
+    assert f"({STUDIES[1]}_more.png)" in third
+    assert f"[{STUDIES[1]}.csv]({STUDIES[1]}.csv), [{STUDIES[1]}_more.csv]({STUDIES[1]}_more.csv)." in third
     assert f"    python -m analyses.{STUDIES[1]} --model demo" in second
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.hybrid import main
+from analyses.hybrid import found, main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import attention_distances, write_model, write_photographs
 from tests.models import small_vit
-from vit_probe import Preprocessing, VisionTransformer, save_model
+from vit_probe import InputError, Preprocessing, VisionTransformer, save_model
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_local_heads_are_counted(models: dict[str, tuple[Path, VisionTransformer
         "In the first third of the layers 2 of 2 heads of the pure ViT are local, 0 of 2 of the hybrid (below half of uniform"
     )
     assert kept["finding"].startswith(text)
-    assert kept["as_published"]
+    assert kept["as_published"] is True
     assert set(kept["provenance"]) == {"pure", "hybrid"}
     assert (tmp_path / "hybrid.png").read_bytes().startswith(b"\x89PNG")
 
@@ -63,10 +63,11 @@ def test_local_heads_are_counted(models: dict[str, tuple[Path, VisionTransformer
 def test_the_other_way_round_is_not_as_published(
     models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path
 ) -> None:
-    run({"pure": models["hybrid"], "hybrid": models["pure"]}, photographs, tmp_path)
-    kept = json.loads((tmp_path / "hybrid.json").read_text())
-    assert not kept["as_published"]
-    assert "0 of 2 heads of the pure ViT are local, 2 of 2 of the hybrid" in kept["finding"]
+    run(models, photographs, tmp_path)
+    tables = {str(name): table for name, table in pd.read_csv(tmp_path / "hybrid.csv").groupby("model")}
+    finding = found(tables["hybrid"], tables["pure"])
+    assert finding.holds is False
+    assert "0 of 2 heads of the pure ViT are local, 2 of 2 of the hybrid" in finding.text
 
 
 def test_as_it_is_typed(
@@ -82,12 +83,27 @@ def test_as_it_is_typed(
     arguments = ["--model", tmp_path / "other.safetensors", "--hybrid", models["hybrid"][0], "--images", photographs]
     assert typed(monkeypatch, main, *arguments, "--limit", 2, "--out", tmp_path) == 0
     captured = capsys.readouterr()
-    assert "note: the pure model has (3, 4) rows and columns of patches, the hybrid (4, 4)" in captured.err
-    assert "published)" in captured.out
+    even = reference.uniform_distance(3, 4, (8, 6)), reference.uniform_distance(4, 4, (4, 4))
+    assert "note: uniform attention looks {:.1f} px far in one model and {:.1f} px in the".format(*even) in captured.err
+    assert "(undecided)" in captured.out
     assert set(pd.read_csv(tmp_path / "hybrid.csv").num_images) == {2}
     arguments[3] = tmp_path / "absent.safetensors"
     assert typed(monkeypatch, main, *arguments, "--out", tmp_path) == 2
     assert "absent.safetensors" in capsys.readouterr().err
+
+
+def test_models_without_local_heads_leave_it_open(
+    models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path
+) -> None:
+    run({"pure": models["hybrid"], "hybrid": models["hybrid"]}, photographs, tmp_path)
+    kept = json.loads((tmp_path / "hybrid.json").read_text())
+    assert kept["as_published"] is None
+    assert kept["published"] == ["open: of the early heads of the hybrid a smaller share is local"]
+
+
+def test_a_hybrid_that_is_none(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--hybrid .*pure.safetensors is none: its patches come of no convolutional network"):
+        run({"pure": models["pure"], "hybrid": models["pure"]}, photographs, tmp_path)
 
 
 def test_the_models_that_come_with_the_repository(tmp_path: Path) -> None:

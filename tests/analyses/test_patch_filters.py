@@ -73,7 +73,7 @@ def test_filters_that_are_not_smooth_are_not_as_published(tmp_path: Path) -> Non
     generator = torch.Generator().manual_seed(0)
     model_of(torch.randn(32, 3, 8, 8, generator=generator), tmp_path / "rough.safetensors")
     main(model=str(tmp_path / "rough.safetensors"), out=tmp_path)
-    assert not kept(tmp_path)[1]["as_published"]
+    assert kept(tmp_path)[1]["as_published"] is False
     smooth = torch.nn.functional.interpolate(torch.randn(32, 3, 3, 3, generator=generator), (8, 8), mode="bicubic")
     model_of(smooth, tmp_path / "smooth.safetensors")
     main(model=str(tmp_path / "smooth.safetensors"), out=tmp_path)

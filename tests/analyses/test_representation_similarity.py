@@ -16,6 +16,8 @@ from tests.analyses.small_models import write_model, write_photographs
 from tests.measures.test_representation_similarity import literal
 from vit_probe import VisionTransformer
 from vit_probe.images import read_image
+from vit_probe.options import Format
+from vit_probe.random_weights import random_weights
 
 
 def blocks(model: VisionTransformer, folder: Path, count: int) -> list[np.ndarray]:
@@ -38,27 +40,54 @@ def test_the_numbers_are_those_of_the_blocks(tmp_path: Path, capsys: pytest.Capt
     table = pd.read_csv(tmp_path / "out" / "representation_similarity.csv")
     kept = json.loads((tmp_path / "out" / "representation_similarity.json").read_text())
     mine, theirs = (blocks(model, folder, 6) for model in models)
-    pairs = {"one": (mine, mine), "two": (theirs, theirs), "between the two": (mine, theirs)}
+    pairs = {"model": (mine, mine), "other": (theirs, theirs), "between": (mine, theirs)}
     assert table.models.unique().tolist() == list(pairs)
     maps = {}
     for title, (one, other) in pairs.items():
         maps[title] = table[table.models == title].pivot(index="layer", columns="other_layer", values="similarity").to_numpy()
         np.testing.assert_allclose(maps[title], literal(one, other, [6]), atol=2e-5)
-    assert f"has a CKA of {maps['one'][:1, -1:].mean():.2f} with one of the upper half" in kept["finding"]
-    assert f"the least of all pairs is {maps['one'].min():.2f}" in kept["finding"]
-    assert kept["as_published"] is bool(maps["one"][0, -1] > 0.5)
-    assert set(kept["provenance"]) == {"model", "other"}
+    assert f"has a CKA of {maps['model'][:1, -1:].mean():.2f} with one of the upper half" in kept["finding"]
+    assert f"the least of all pairs is {maps['model'].min():.2f}" in kept["finding"]
+    like = "yes" if maps["model"][0, -1] > 0.5 else "no"
+    contrast = "open: more than those of a convolutional network"
+    assert kept["published"] == [f"{like}: lower and upper layers are alike (CKA above 0.5)", contrast]
+    assert kept["as_published"] is (None if like == "yes" else False)
+    assert set(kept["provenance"]) == {"model", "other", "random"}
+    untrained = random_weights(models[0], seed=0)
+    untrained.preprocessing = models[0].preprocessing
+    expected = literal(*[blocks(untrained, folder, 6)] * 2, [6])[:1, -1:].mean()
+    assert f"(with random weights {expected:.2f})" in kept["finding"]
     assert kept["finding"] in capsys.readouterr().out
 
 
 def test_a_model_whose_halves_differ_is_not_as_published() -> None:
     alike, within = np.full((4, 4), 0.8), np.eye(4)
-    assert found(alike, alike).holds
-    finding = found(within, np.eye(4)[::-1])
-    assert not finding.holds
-    assert finding.text.startswith("A layer of the lower half has a CKA of 0.00 with one of the upper half, on average; ")
+    assert found(alike, alike, 0.9 * alike).holds is None  # no convolutional network is measured
+    finding = found(within, np.eye(4)[::-1], 0.9 * alike)
+    assert finding.holds is False
+    assert finding.text.startswith(
+        "A layer of the lower half has a CKA of 0.00 with one of the upper half, on average (with random weights 0.72); "
+    )
     assert "lies 67% of the depth away from its place, and has a CKA of 1.00 with it" in finding.text
-    assert found(np.ones((1, 1)), np.ones((1, 3))).holds
+    assert found(np.ones((1, 1)), np.ones((1, 3)), np.ones((1, 1))).holds is None
+
+
+def test_two_checkpoints_of_one_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_model(tmp_path / name / "model.safetensors", seed=len(name))
+    files = [str(tmp_path / name / "model.safetensors") for name in ("a", "b")]
+    main(
+        model=files[0],
+        other=files[1],
+        images=[write_photographs(tmp_path / "photographs", 4)],
+        out=tmp_path,
+        format=[Format.svg],
+    )
+    assert not pd.read_csv(tmp_path / "representation_similarity.csv").duplicated(["models", "layer", "other_layer"]).any()
+    picture = (tmp_path / "representation_similarity.svg").read_text()
+    assert "Layer of model (model)" in picture
+    assert "Layer of model (other)" in picture
 
 
 def test_the_bundled_models_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from analyses.token_norms import found, main
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
+from vit_probe import Preprocessing, VisionTransformer, ViTConfig, save_model
 from vit_probe.images import read_image
 
 
@@ -56,7 +58,7 @@ def layers(*artifacts: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("parameters", "large"), [(2.3e6, False), (304e6, True)])
 def test_large_models_have_artifacts_and_small_ones_none(parameters: float, large: bool) -> None:
-    none = found(layers(0.0, 0.0), int(parameters), 1)
+    none = found(layers(0.0, 0.0), int(parameters), 0)
     assert none.text.endswith("none has artifacts; in the last, the highest norm is 2.5 times the median.")
     assert none.holds is not large
     some = found(layers(0.0, 0.03, 0.021), int(parameters), 0)
@@ -65,7 +67,26 @@ def test_large_models_have_artifacts_and_small_ones_none(parameters: float, larg
     assert some.holds is large
     assert "million parameters and 4 registers, none has artifacts" in found(layers(0.0), int(parameters), 4).text
     assert found(layers(0.0), int(parameters), 4).holds
-    assert not found(layers(0.03), int(parameters), 4).holds
+    assert found(layers(0.03), int(parameters), 4).holds is False
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (dict(num_registers=0), "million parameters, "),
+        (dict(num_registers=4), "million parameters and 4 registers, "),
+        (dict(num_registers=4, class_token=False, pooling="avg"), "million parameters and 4 registers, "),
+        (dict(num_registers=1, class_token=False, pooling="avg"), "million parameters and 1 register, "),
+        (dict(distillation_token=True), "million parameters, "),
+    ],
+)
+def test_registers_are_counted(tokens: dict[str, Any], said: str, tmp_path: Path) -> None:
+    sizes = dict(image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    model = VisionTransformer(ViTConfig(**(sizes | tokens)))
+    model.preprocessing = Preprocessing((16, 16), resize=16)
+    save_model(model, tmp_path / "model.safetensors")
+    main(model=str(tmp_path / "model.safetensors"), images=[write_photographs(tmp_path / "photographs", 4)], out=tmp_path)
+    assert said in json.loads((tmp_path / "token_norms.json").read_text())["finding"]
 
 
 def test_the_bundled_model_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,7 @@ RANGES = {
     ("attention_entropy", "range of heads"): (2.0, 1.0),
     ("patch_filters", "low frequencies"): (0.7, 0.3),
     ("position_similarity", "neighbours"): (0.6, 0.1),
+    ("rollout", "largest over mean"): (1.6, 1.1),
 }
 
 

@@ -202,8 +202,14 @@ def test_the_curve_shows_every_epoch(epochs: int) -> None:
     log = pd.DataFrame({name: range(1, epochs + 1) for name in ("epoch", "loss", "train_top1", "top1", "top5")})
     left, right = training._plot_log(log).axes
     assert [len(line.get_xdata()) for line in (*left.lines, *right.lines)] == [epochs] * 4  # type: ignore[arg-type]
-    assert all(line.get_marker() == "." for line in (*left.lines, *right.lines))
+    assert left.lines[0].get_marker() == "."
+    assert left.get_ylabel() == "Training loss\n(nats, mixed images)"
     assert right.get_ylabel() == "Accuracy (%)"
+    assert {line.get_marker() for line in right.lines} == {"o", "s", "^"}  # told apart without colour
+    legend = right.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["Top 5, validation", "Top 1, validation", "Top 1, training (mixed images)"]
 
 
 @pytest.mark.parametrize(

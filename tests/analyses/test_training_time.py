@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import torch
 from analyses.training_time import found, main
 from tests import reference
 from tests.analyses.conftest import typed
-from tests.analyses.small_models import attention_distances, new_model, write_photographs
+from tests.analyses.small_models import attention_distances, new_model, write_model, write_photographs
 from vit_probe import InputError, VisionTransformer, save_model
 
 PLACES = np.indices((4, 4)).reshape(2, -1).T
@@ -68,7 +69,7 @@ def test_a_row_an_epoch(training: tuple[Path, dict[int, VisionTransformer]], pho
         assert row.nearness == pytest.approx(np.corrcoef(apart[pairs], similarity[pairs])[0, 1], abs=1e-4)
         assert row.neighbours == pytest.approx(similarity[apart == 1].mean(), abs=1e-4)
         assert row.uniform_distance == pytest.approx(reference.uniform_distance(4, 4, (4, 4)))
-    assert kept["as_published"]
+    assert kept["as_published"] is True
     first, last = table.iloc[0], table.iloc[-1]
     assert f"correlate at {first.nearness:.2f} before training, at {last.nearness:.2f} after 10 epochs" in kept["finding"]
     assert f"{last.early_nearest:.1f} to {last.early_farthest:.1f} px after" in kept["finding"]
@@ -80,7 +81,7 @@ def test_a_training_that_taught_nothing_is_not_as_published(
 ) -> None:
     folder, _ = training
     main(model=str(folder / "epoch-002.safetensors"), epochs=10, snapshots=folder, images=[photographs], out=tmp_path)
-    assert not json.loads((tmp_path / "training_time.json").read_text())["as_published"]
+    assert json.loads((tmp_path / "training_time.json").read_text())["as_published"] is False
 
 
 @pytest.mark.parametrize(
@@ -90,14 +91,23 @@ def test_a_training_that_taught_nothing_is_not_as_published(
         ("near already before", (-0.2, 26, 32), (-0.7, 3, 26), False),
         ("far alike before", (0.2, 26, 32), (-0.7, 3, 26), False),
         ("no nearness at the end", (0.02, 26, 32), (-0.4, 3, 26), False),
-        ("heads no wider apart", (0.02, 26, 32), (-0.7, 3, 8), False),
+        ("what heads do is told only", (0.02, 3, 32), (-0.7, 3, 8), True),
     ],
 )
 def test_each_criterion_decides(what: str, first: tuple[float, ...], last: tuple[float, ...], holds: bool) -> None:
     """Nearness, and how far the nearest and the farthest early head look; between the two is what decides nothing."""
     columns = ["nearness", "early_nearest", "early_farthest"]
-    table = pd.DataFrame([first, (0.9, 1, 1), last], columns=columns).assign(epoch=[0, 5, 9])
+    table = pd.DataFrame([first, (0.9, 1, 1), last], columns=columns).assign(epoch=[0, 5, 9], neighbours=0.5)
     assert found(table).holds is holds, what
+
+
+def test_snapshots_of_another_training(training: tuple[Path, Any], photographs: Path, tmp_path: Path) -> None:
+    folder, _ = training
+    write_model(tmp_path / "other.safetensors", "sincos_2d")
+    with pytest.raises(
+        InputError, match=r"epoch-000.safetensors is of another training, with another position; name the snaps"
+    ):
+        main(model=str(tmp_path / "other.safetensors"), epochs=10, snapshots=folder, images=[photographs], out=tmp_path)
 
 
 def test_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

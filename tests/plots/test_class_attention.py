@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import attention_over_black
 from vit_probe.plots.class_attention import plot_class_attention
@@ -43,6 +44,15 @@ def _tile(axes: Axes, row: int, column: int, rows: int, columns: int, size: tupl
     return picture[top : top + size[0], left : left + size[1]]
 
 
+def _heat(attention: NDArray[np.float64], patch: tuple[int, int] = (8, 8)) -> NDArray[Any]:
+    """From 0 to the map's maximum, each patch a rectangle of one colour."""
+    return mpl.colormaps["viridis"](np.kron(attention / attention.max(), np.ones(patch)))[..., :3]
+
+
+def _assert_colours(tile: NDArray[Any], expected: NDArray[Any]) -> None:
+    np.testing.assert_allclose(tile / 255.0, expected, atol=0.5 / 255 + 1e-9)
+
+
 def _black(image: NDArray[np.uint8], attention: NDArray[np.float64]) -> NDArray[Any]:
     return np.rint(attention_over_black(image, attention) * 255)
 
@@ -55,7 +65,7 @@ def test_input_then_rollout_then_heads() -> None:
         np.testing.assert_array_equal(_tile(axes, row, 0, 2, 5), images[row])
         np.testing.assert_array_equal(_tile(axes, row, 1, 2, 5), _black(images[row], rollout[row]))
         for head in range(3):
-            np.testing.assert_array_equal(_tile(axes, row, 2 + head, 2, 5), _black(images[row], maps[row, head]))
+            _assert_colours(_tile(axes, row, 2 + head, 2, 5), _heat(maps[row, head]))
 
 
 def test_more_than_eight_heads_are_broken_into_lines() -> None:
@@ -67,23 +77,59 @@ def test_more_than_eight_heads_are_broken_into_lines() -> None:
         assert (_tile(axes, 2 * image + 1, 6, 4, 7) == 255).all()
         for head in range(9):
             row, column = 2 * image + head // 5, 2 + head % 5
-            np.testing.assert_array_equal(_tile(axes, row, column, 4, 7), _black(images[image], maps[image, head]))
+            _assert_colours(_tile(axes, row, column, 4, 7), _heat(maps[image, head]))
 
 
-def test_without_photographs_maps_are_coloured() -> None:
+def test_attention_on_a_dark_place_is_seen() -> None:
+    maps = np.zeros((1, 1, 4, 4))
+    maps[0, 0, 2, 1] = 0.3
+    dark = np.zeros((1, 32, 32, 3), np.uint8)
+    tile = _tile(plot_class_attention(maps, dark), 0, 1, 1, 2)
+    brightest = (tile == np.rint(255 * np.array(mpl.colormaps["viridis"](1.0)[:3]))).all(axis=2)
+    expected = np.zeros((32, 32), bool)
+    expected[16:24, 8:16] = True  # the patch and nothing beside it
+    np.testing.assert_array_equal(brightest, expected)
+
+
+def test_patches_that_do_not_divide_the_photograph() -> None:
+    maps = np.array([[[[0.0, 0.5, 1.0]]]])
+    tile = _tile(plot_class_attention(maps, _images(1, 32, 32)), 0, 1, 1, 2)
+    colours = np.unique(tile.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(colours[0]) == 3
+    assert sorted(colours[1] // 32) == [10, 11, 11]
+
+
+@pytest.mark.parametrize("photographs", [True, False])
+@pytest.mark.parametrize(("value", "place"), [(0.0, 0.0), (0.25, 1.0)])
+def test_even_maps_are_dark_where_they_are_zero_and_bright_else(photographs: bool, value: float, place: float) -> None:
+    maps = np.full((1, 1, 4, 4), value)
+    axes = plot_class_attention(maps, _images(1) if photographs else None)
+    tile = _tile(axes, 0, 1, 1, 2) if photographs else _picture(axes)
+    _assert_colours(tile, np.broadcast_to(mpl.colormaps["viridis"](place)[:3], tile.shape))
+
+
+def test_without_photographs_rollout_is_coloured_too() -> None:
     maps, rollout = _maps(1, 2), _maps(1, seed=2)
     axes = plot_class_attention(maps, None, rollout=rollout)
     assert _names(axes) == ["Rollout", "Head 0", "Head 1"]
-    scaled = (maps[0, 1] - maps[0, 1].min()) / np.ptp(maps[0, 1])
-    expected = mpl.colormaps["viridis"](scaled)[..., :3]
-    np.testing.assert_allclose(_tile(axes, 0, 2, 1, 3, (4, 4)) / 255.0, expected, atol=0.5 / 255 + 1e-9)
+    _assert_colours(_tile(axes, 0, 0, 1, 3, (4, 4)), _heat(rollout[0], (1, 1)))
+    _assert_colours(_tile(axes, 0, 2, 1, 3, (4, 4)), _heat(maps[0, 1], (1, 1)))
+
+
+@pytest.mark.parametrize(("count", "label"), [(6, "Attention of a head"), (2, "Attention"), (1, "Attention")])
+def test_the_bar_says_what_the_colours_of_heads_mean(count: int, label: str) -> None:
+    axes = plot_class_attention(_maps(count, 6), _images(count), rollout=_maps(count))
+    (bar,) = axes.child_axes
+    assert bar.get_ylim() == (0, 1)
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["0", "max"]
+    assert bar.get_ylabel() == label
 
 
 def test_only_some_heads() -> None:
     maps, images = _maps(1, 12), _images(1)
     axes = plot_class_attention(maps, images, heads=[11, 3])
     assert _names(axes) == ["Input", "Head 11", "Head 3"]
-    np.testing.assert_array_equal(_tile(axes, 0, 1, 1, 3), _black(images[0], maps[0, 11]))
+    _assert_colours(_tile(axes, 0, 1, 1, 3), _heat(maps[0, 11]))
     assert axes.figure.get_figwidth() == pytest.approx(3.25)
 
 
@@ -100,6 +146,11 @@ def test_names_touch_neither_each_other_nor_a_picture_nor_the_edge(count: int, h
         assert box.x0 >= 0
         assert 0 <= box.y0 <= box.y1 <= figure.bbox.y1
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    (bar,) = axes.child_axes
+    words = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label)]
+    assert_inside(figure, words)
+    assert not any(one.overlaps(other) for one, other in combinations([*boxes, *words], 2))
+    assert bar.get_window_extent().x0 > axes.get_window_extent().x1
     blank = (_picture(axes) == 255).all(axis=(1, 2))  # lines of pixels between pictures
     for box in boxes:
         for y in (box.y0 + 1, box.y1 - 1):
@@ -135,8 +186,10 @@ def test_draws_on_the_axes_it_is_given() -> None:
             r"photographs of shape \(3, 32, 32, 3\) came with the attention maps; they must be \(2, any, any",
         ),
         ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, r"photographs of shape \(2, 3, 8, 8\) came"),
-        ({"images": np.zeros((2, 8, 8, 3))}, "images are float64 of shape"),
+        ({"images": np.zeros((2, 0, 8, 3), np.uint8)}, r"photographs of shape \(2, 0, 8, 3\) came"),
+        ({"images": np.zeros((2, 8, 8, 3))}, "photographs are float64; they must be uint8"),
         ({"rollout": _maps(3)}, r"rollout maps of shape \(3, 4, 4\) came with the attention maps; they must be \(2, 4, 4\)"),
+        ({"images": None, "rollout": np.full((2, 4, 4), np.nan)}, "rollout maps hold values that are not finite"),
         ({"heads": [3]}, r"heads \[3\] were asked for, but there are heads 0 to 2; name some of those"),
         ({"heads": []}, r"heads \[\] were asked for"),
     ],

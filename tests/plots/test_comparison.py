@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from vit_probe.errors import InputError
 from vit_probe.plots import plot_attention_distance, plot_patch_filters, plot_position_similarity, plot_rollout
 from vit_probe.plots.comparison import Panel, plot_comparison, plot_range
+from vit_probe.plots.representation_similarity import plot_representation_similarity
 
 
 def _panels(frame: pd.DataFrame, seed: int) -> dict[str, Panel]:
@@ -68,6 +69,43 @@ def test_pictures_go_without_ticks(rows: dict[str, dict[str, Panel]]) -> None:
             assert not axes.texts
 
 
+def _with_layers(rows: dict[str, dict[str, Panel]]) -> Figure:
+    """The first row's layers are hardly alike, the second's nearly the same."""
+    for panels, least in zip(rows.values(), (0.25, 0.97), strict=True):
+        similarity = np.linspace(least, 1, 12 * 12).reshape(12, 12)
+        panels["Layers' similarity\n(CKA)"] = partial(plot_representation_similarity, similarity)
+    return plot_comparison(rows)
+
+
+def test_layer_against_layer_keeps_the_first_and_the_last_number(rows: dict[str, dict[str, Panel]]) -> None:
+    figure = _with_layers(rows)
+    trained, random = (line[5] for line in _grid(figure, 5))
+    figure.draw_without_rendering()
+    for axes in (trained, random):
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "11"]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "11"]
+        boxes = [text.get_window_extent() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        (bar,) = axes.child_axes
+        assert axes.get_window_extent().x1 < bar.get_window_extent().x0
+    assert [axes.get_xlabel() for axes in (trained, random)] == ["", "Layer"]
+
+
+def test_a_single_layer_has_one_number(rows: dict[str, dict[str, Panel]]) -> None:
+    for panels in rows.values():
+        panels["Layers"] = partial(plot_representation_similarity, np.ones((1, 1)))
+    axes = _grid(plot_comparison(rows), 5)[0][5]
+    assert (axes.get_xticks().tolist(), axes.get_yticks().tolist()) == ([0], [0])
+
+
+def test_pictures_of_a_column_have_the_same_colours(rows: dict[str, dict[str, Panel]]) -> None:
+    trained, random = _grid(_with_layers(rows), 5)
+    for line in (trained, random):
+        assert line[3].images[0].get_clim() == (-1, 1)
+        assert line[5].images[0].get_clim() == (0.2, 1)
+        assert line[5].child_axes[0].get_ylim() == (0.2, 1)
+
+
 def test_more_measures_than_fit_follow_below(rows: dict[str, dict[str, Panel]]) -> None:
     lines = _grid(plot_comparison(rows, columns=3), 3)
     assert [line[0].texts[0].get_text() for line in lines] == ["trained", "random"] * 2
@@ -83,6 +121,7 @@ def test_what_one_row_alone_has_is_left_out(rows: dict[str, dict[str, Panel]]) -
 
 @pytest.mark.parametrize("columns", [2, 4])
 def test_nothing_is_cut_off_and_nothing_overlaps(rows: dict[str, dict[str, Panel]], columns: int) -> None:
+    _with_layers(rows)
     figure = plot_comparison(rows, columns=columns)
     figure.draw_without_rendering()
     boxes = [box for axes in figure.axes if (box := axes.get_tightbbox()) is not None]

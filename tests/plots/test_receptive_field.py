@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
 from tests.plots.layout import assert_inside
@@ -26,8 +28,7 @@ def fields() -> pd.DataFrame:
     return pd.concat([plain, deep], ignore_index=True)
 
 
-def _labels(axes: Axes | Figure) -> list[str]:
-    (legend,) = axes.legends if isinstance(axes, Figure) else [axes.get_legend()]
+def _labels(legend: Legend | None) -> list[str]:
     assert legend is not None
     return [text.get_text() for text in legend.get_texts()]
 
@@ -46,11 +47,34 @@ def test_two_lines_a_network_from_a_pixel_on(fields: pd.DataFrame) -> None:
         rows = fields[fields.network == network]
         solid, dotted = _of(axes, reach.get_color())
         for line, column in ((solid, "reach"), (dotted, "mean_distance")):
-            np.testing.assert_array_equal(line.get_xdata(), [0, *rows.depth])
-            np.testing.assert_array_equal(line.get_ydata(), [0, *rows[column]])
+            np.testing.assert_array_equal(line.get_xdata(), [0, *rows.depth][::-1])
+            np.testing.assert_array_equal(line.get_ydata(), [0, *rows[column]][::-1])
         assert (solid.get_linestyle(), dotted.get_linestyle()) == ("-", "--")
-        assert solid.get_markevery() == [len(rows)]  # a dot where the network ends
     assert len({str(line.get_color()) for line in axes.lines}) == 2
+
+
+def test_networks_are_told_apart_without_colour(fields: pd.DataFrame) -> None:
+    more = [fields[fields.network == "deep"].assign(network=name) for name in ("third", "fourth")]
+    axes = plot_receptive_field(pd.concat([fields, *more]))
+    markers = [line.get_marker() for line in axes.lines]
+    assert markers[::2] == markers[1::2]
+    assert len(set(markers)) == 4
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [handle.get_marker() for handle in legend.get_lines()] == [*markers[::2], "None", "None"]
+    for line in axes.lines:
+        assert isinstance(line.get_markevery(), float)  # spread over the line from its first point, where the network ends
+        assert line.get_xdata()[0] == max(line.get_xdata())  # type: ignore[index, arg-type]
+
+
+def test_a_line_that_leaves_the_axes_does_so_with_an_arrow(fields: pd.DataFrame) -> None:
+    assert not plot_receptive_field(fields).collections
+    axes = plot_receptive_field(fields, highest=30)
+    solid, dotted = axes.collections  # of "deep": from 9 px at 1 convolution to 200 px at 40, and from 5 px to 70 px
+    np.testing.assert_allclose(solid.get_offsets(), [[1 + 39 * 21 / 191, 30]])
+    np.testing.assert_allclose(dotted.get_offsets(), [[1 + 39 * 25 / 65, 30]])
+    for arrow, line in zip((solid, dotted), axes.lines[2:], strict=True):
+        np.testing.assert_array_equal(arrow.get_facecolor()[0, :3], to_rgb(line.get_color()))  # type: ignore[index]
 
 
 def test_rows_in_any_order_are_drawn_layer_by_layer(fields: pd.DataFrame) -> None:
@@ -63,7 +87,7 @@ def test_labels_legend_and_limits(fields: pd.DataFrame) -> None:
     axes = plot_receptive_field(fields)
     assert axes.get_xlabel() == "Depth (convolutions)"
     assert axes.get_ylabel() == "Distance from the centre (pixels)"
-    assert _labels(axes) == LEGEND
+    assert _labels(axes.get_legend()) == LEGEND
     assert axes.get_ylim() == (0, pytest.approx(210))
     assert axes.get_xlim()[0] == 0
     assert axes.get_xlim()[1] > 40
@@ -96,18 +120,21 @@ def test_one_axis_of_pixels_for_heads_and_units(frame: pd.DataFrame, fields: pd.
     assert figure.get_figwidth() == 5.5
 
 
-def test_half_the_first_network_s_field_lies_across_the_heads(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
-    left, right = plot_attention_beside_convolutions(frame, fields).axes[:2]
-    across = next(line for line in left.lines if line.get_label() == "plain")
-    np.testing.assert_array_equal(across.get_ydata(), [24, 24])
-    assert across.get_color() == right.lines[0].get_color()
-    assert set(_labels(left)) == {"plain", "uniform attention"} or set(_labels(left)) == {"plain", "uniform"}
-
-
-def test_the_legend_of_both_panels_is_the_figure_s(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+def test_what_the_first_network_sees_lies_across_the_heads(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
     figure = plot_attention_beside_convolutions(frame, fields)
-    assert _labels(figure) == LEGEND
-    assert figure.axes[1].get_legend() is None
+    left, right = figure.axes[:2]
+    half, mean, uniform = left.lines
+    np.testing.assert_array_equal(half.get_ydata(), [24, 24])
+    np.testing.assert_allclose(mean.get_ydata(), 24**0.5)
+    assert half.get_color() == mean.get_color() == right.lines[0].get_color() != uniform.get_color()
+    assert (half.get_linestyle(), mean.get_linestyle()) == ("-", "--")
+    across, units = figure.legends
+    assert _labels(across) == ["half the field of\nplain", "its mean, even kernels"]
+    for handle, line in zip(across.get_lines(), (half, mean), strict=True):
+        assert (handle.get_linestyle(), handle.get_color()) == (line.get_linestyle(), line.get_color())
+    assert _labels(units) == LEGEND
+    assert _labels(left.get_legend()) == ["uniform attention"]
+    assert right.get_legend() is None
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
@@ -118,7 +145,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(frame: pd.DataFrame, fields: pd
     figure = plot_attention_beside_convolutions(scaled, pd.concat([fields.replace({"network": names}), *more]))
     figure.draw_without_rendering()
     left, right = figure.axes[:2]
-    boxes = [axes.get_tightbbox() for axes in (left, right)] + [figure.legends[0].get_window_extent()]
+    boxes = [axes.get_tightbbox() for axes in (left, right)] + [legend.get_window_extent() for legend in figure.legends]
     assert_inside(figure, boxes)
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
     ticks = [label.get_window_extent() for label in right.get_xticklabels() if label.get_text()]
@@ -127,7 +154,8 @@ def test_nothing_is_cut_off_and_nothing_overlaps(frame: pd.DataFrame, fields: pd
     assert legend is not None
     highest = max(scaled.distance.max(), scaled.uniform_distance.max())
     assert left.transData.transform((0, highest))[1] < legend.get_window_extent().y0
-    texts = [*legend.get_texts(), *figure.legends[0].get_texts(), left.title, right.title, left.yaxis.label, right.yaxis.label]
+    below = [text for one in figure.legends for text in one.get_texts()]
+    texts = [*legend.get_texts(), *below, left.title, right.title, left.yaxis.label, right.yaxis.label]
     assert min(text.get_fontsize() for text in texts) >= 8
 
 

@@ -15,8 +15,8 @@ from vit_probe.plots.representation_similarity import (
 )
 
 
-def matrix(rows: int = 5, cols: int = 5) -> np.ndarray:
-    return np.random.default_rng(0).uniform(-0.05, 1, (rows, cols))
+def matrix(rows: int = 5, cols: int = 5, least: float = -0.05) -> np.ndarray:
+    return np.random.default_rng(0).uniform(least, 1, (rows, cols))
 
 
 def test_the_first_layers_are_at_the_lower_left() -> None:
@@ -52,6 +52,24 @@ def test_several_side_by_side_with_one_bar() -> None:
         np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), panel.similarity)
 
 
+@pytest.mark.parametrize(
+    ("least", "darkest"),
+    [(-0.3, 0), (0.0, 0), (0.099, 0), (0.3, 0.3), (0.7, 0.7), (0.899, 0.8), (0.9, 0.9), (0.995, 0.9), (1.0, 0.9)],
+)
+def test_colours_begin_at_the_tenth_below_the_least_similarity(least: float, darkest: float) -> None:
+    values = np.array([[1.0, least], [least, 1.0]])
+    axes = plot_representation_similarity(values)
+    assert axes.images[0].get_clim() == (darkest, 1)
+    assert axes.child_axes[0].get_ylim() == (darkest, 1)
+    assert plot_representation_similarity(values.astype(np.float32)).images[0].get_clim() == (darkest, 1)
+
+
+def test_panels_side_by_side_have_the_same_colours() -> None:
+    panels = [SimilarityPanel(np.array([[1.0, least]])) for least in (0.95, 0.63, 0.8)]
+    axes = plot_representation_similarities(panels).axes[:3]
+    assert [one.images[0].get_clim() for one in axes] == [(0.6, 1)] * 3
+
+
 def whole_numbers_apart(axes: Axes) -> None:
     figure = axes.figure
     ticks = [text for text in axes.get_xticklabels() if text.get_window_extent().x1 > 0]
@@ -66,12 +84,15 @@ def whole_numbers_apart(axes: Axes) -> None:
         assert box.y1 <= figure.bbox.y1 + 0.5
 
 
+@pytest.mark.parametrize("least", [-0.05, 0.95])
 @pytest.mark.parametrize("depth", [1, 12, 48])
-def test_every_text_is_inside_the_figure_and_ticks_apart(depth: int) -> None:
-    axes = plot_representation_similarity(matrix(depth, depth), title="a model", down="Layer of a", across="Layer of b")
-    axes.figure.draw_without_rendering()
-    whole_numbers_apart(axes)
-    panels = [SimilarityPanel(matrix(depth, depth), title) for title in ("a model", "another", "between the two")]
+def test_every_text_is_inside_the_figure_and_ticks_apart(depth: int, least: float) -> None:
+    values = matrix(depth, depth, least)
+    for title in ("a model", ""):
+        axes = plot_representation_similarity(values, title=title, down="Layer of a", across="Layer of b")
+        axes.figure.draw_without_rendering()
+        whole_numbers_apart(axes)
+    panels = [SimilarityPanel(values, title) for title in ("a model", "another", "between the two")]
     figure = plot_representation_similarities(panels)
     figure.draw_without_rendering()
     for axes in figure.axes[:3]:

@@ -90,7 +90,7 @@ class ClassAttentionResult(Result):
         )
 
     def plot(self, *, ax: Axes | None = None, count: int = 8, heads: Sequence[int] | None = None) -> Axes:
-        """The first `count` images, each beside its attention in all heads, or in those that are named, over black."""
+        """The first `count` images, each beside its attention in all heads, or in those that are named, in colours."""
         from vit_probe.plots.class_attention import plot_class_attention
 
         return plot_class_attention(self.maps[:count], None if self.images is None else self.images[:count], heads=heads, ax=ax)

@@ -8,11 +8,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.mosaic import bar_axes, bare, centres, inches_per_pixel, mosaic
 from vit_probe.plots.rollout import as_bytes, attention_over_black, checked_maps
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text, text_inches
 
@@ -20,10 +21,16 @@ __all__ = ["plot_class_attention"]
 
 _HEADS_IN_A_LINE = 8
 _MARGIN = 0.03
+_BELOW = 0.08  # where half of the colour bar's lowest number stands
 _NAME_INCHES = 0.16
 _GAP_INCHES = 0.21  # between lines of pictures, where it holds the names of those below
 _TALLEST = 8.5  # what a page leaves for a figure
 _LOWEST = 0.3  # inches of a picture; where a page does not hold them all, the figure is taller
+_BAR_INCHES = 0.55  # right of the pictures, for the colour bar
+_LOW = 0.7  # inches; on a lower bar, the label stands beyond the words at its ends
+_LOW_BAR_INCHES = 0.72
+_ENDS_INCHES = 0.35  # of the bar, which these words take
+_BAR_LABELS = ("Attention of a head", "Attention")  # the second where the bar is too low for the first
 _VIRIDIS = mpl.colormaps["viridis"]
 
 
@@ -37,8 +44,10 @@ def plot_class_attention(
 ) -> Axes:
     """Draw for each photograph the input, its rollout, and what the class token attends to in each head.
 
-    Maps are shown as by `attention_over_black`, each scaled from its own minimum to its own maximum; without photographs, in
-    colours from dark to bright. More than eight heads are broken into lines of about equal length.
+    The map of a head is shown in colours, from dark at 0 to bright at the map's own maximum, one rectangle a patch: a colour
+    compares a patch with the others of its map, and not with those of another head or photograph. Rollout is shown by
+    `attention_over_black`, from its minimum to its maximum; without photographs, like a head. More than eight heads are broken
+    into lines of about equal length.
 
     Args:
         maps: (image, head, row, col).
@@ -48,7 +57,7 @@ def plot_class_attention(
         ax: Where to draw; if None a new figure, 5.5 inches wide, or 3.25 where three pictures or fewer lie side by side.
 
     Returns:
-        The axes, holding one image: the mosaic.
+        The axes, holding one image, the mosaic, with the colour bar of the heads beside it.
 
     Raises:
         InputError: If shapes or dtype do not fit, a map is not finite, or there is no such head.
@@ -60,7 +69,10 @@ def plot_class_attention(
     chosen = _checked_heads(heads, values.shape[1])
     _check_beside("photographs", images, (len(values), None, None, 3))
     _check_beside("rollout maps", rollout, (len(values), *values.shape[2:]))
-    leads = [name for name, given in (("Input", images), ("Rollout", rollout)) if given is not None]
+    rolled = None if rollout is None else checked_maps(rollout, "rollout", ("image", "row", "col"))
+    if images is not None and np.asarray(images).dtype != np.uint8:
+        raise InputError(f"photographs are {np.asarray(images).dtype}; they must be uint8, as the model's images are shown")
+    leads = [name for name, given in (("Input", images), ("Rollout", rolled)) if given is not None]
     lines = -(-len(chosen) // _HEADS_IN_A_LINE)
     across = -(-len(chosen) // lines)
     columns = len(leads) + across
@@ -71,22 +83,28 @@ def plot_class_attention(
     for index, one in enumerate(values):
         photograph = None if images is None else images[index]
         shown = [] if photograph is None else [photograph]
-        shown += [] if rollout is None else [_shown(photograph, rollout[index])]
-        shown += [_shown(photograph, one[head]) for head in chosen]
+        shown += [] if rolled is None else [_shown_rollout(rolled[index], photograph)]
+        shown += [_heat(one[head], (height, width)) for head in chosen]
         for (line, column), tile in zip(places, shown, strict=True):
             tiles[index, line, column] = tile
     between, named = max(1, round(0.06 * width)), len(values) if lines > 1 else 1
     pixels = columns * (width + between) - between
     if ax is None:
-        widest = WIDTHS["icml" if columns <= 3 else "neurips"] - 2 * _MARGIN
         tallest = (_TALLEST - named * lines * _GAP_INCHES) / (len(values) * lines * (height + between))
-        scale = min(widest / pixels, max(tallest, _LOWEST / height))
+        for right in (_BAR_INCHES, _LOW_BAR_INCHES):
+            widest = WIDTHS["icml" if columns <= 3 else "neurips"] - _MARGIN - right
+            scale = min(widest / pixels, max(tallest, _LOWEST / height))
+            if len(values) * lines * height * scale >= _LOW:
+                break
     else:
         scale = inches_per_pixel(ax, len(values) * lines * height, pixels)
     below = between if named == 1 else max(between, round(_GAP_INCHES / scale))
     picture = mosaic(tiles.reshape(-1, *tiles.shape[2:]), gap=(below, between), fill=255)
-    size = (pixels * scale + 2 * _MARGIN, picture.shape[0] * scale + _MARGIN + _NAME_INCHES)
-    with drawing_axes(ax, size, (_MARGIN, _MARGIN, _MARGIN, _NAME_INCHES)) as axes:
+    inches = pixels * scale, picture.shape[0] * scale
+    spare = (_LOW - inches[1]) / 2
+    margins = _MARGIN, max(_BELOW, spare), _LOW_BAR_INCHES if spare > 0 else _BAR_INCHES, max(_NAME_INCHES, spare)
+    size = inches[0] + margins[0] + margins[2], inches[1] + margins[1] + margins[3]
+    with drawing_axes(ax, size, margins) as axes:
         axes.imshow(picture, aspect="equal")
         bare(axes)
         middle = centres(columns, width, between)
@@ -99,6 +117,7 @@ def plot_class_attention(
                     name, (middle[column], top), (0, 2), textcoords="offset points", ha="center", va="bottom",
                     annotation_clip=False,
                 )  # fmt: skip
+        _bar(axes, *inches)
     return axes
 
 
@@ -108,10 +127,25 @@ def _head_names(heads: Sequence[int], inches: float) -> list[str]:
     return names if max(map(text_inches, names)) < inches else [str(head) for head in heads]
 
 
-def _shown(photograph: NDArray[np.uint8] | None, attention: NDArray[Any]) -> NDArray[np.uint8]:
-    if photograph is None:
-        return as_bytes(_VIRIDIS(Normalize()(attention))[..., :3])
-    return as_bytes(attention_over_black(photograph, attention))
+def _heat(attention: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The map in colours, dark at 0 and bright at its maximum, at the size (height, width) of a photograph."""
+    rows, cols = (np.arange(pixels) * patches // pixels for pixels, patches in zip(size, attention.shape, strict=True))
+    highest = attention.max()
+    return as_bytes(_VIRIDIS(attention / (highest if highest > 0 else 1))[rows[:, None], cols, :3])
+
+
+def _shown_rollout(rollout: NDArray[Any], photograph: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    return _heat(rollout, rollout.shape) if photograph is None else as_bytes(attention_over_black(photograph, rollout))
+
+
+def _bar(axes: Axes, width: float, height: float) -> None:
+    """Say what the colours of heads mean, to the right of a picture of so many inches."""
+    place = bar_axes(axes, width, height)
+    bar = axes.figure.colorbar(ScalarMappable(Normalize(0, 1), _VIRIDIS), cax=place, ticks=[0, 1])
+    place.set_yticklabels(["0", "max"])
+    label = _BAR_LABELS[text_inches(_BAR_LABELS[0]) > height - _ENDS_INCHES]
+    bar.set_label(label, labelpad=-12 if height >= _LOW else 2)
+    bar.outline.set_visible(False)
 
 
 def _checked_heads(heads: Sequence[int] | None, count: int) -> list[int]:
@@ -122,10 +156,10 @@ def _checked_heads(heads: Sequence[int] | None, count: int) -> list[int]:
 
 
 def _check_beside(what: str, given: NDArray[Any] | None, shape: tuple[int | None, ...]) -> None:
-    """Raise InputError if something is given and has another shape; None stands for any length."""
+    """Raise InputError if something is given and has another shape; None stands for any length from 1 on."""
     if given is None:
         return
     found = np.shape(given)
-    if len(found) != len(shape) or any(want not in (None, length) for want, length in zip(shape, found, strict=True)):
+    if len(found) != len(shape) or any(length != (want or length or 1) for want, length in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
         raise InputError(f"{what} of shape {found} came with the attention maps; they must be ({wanted})")

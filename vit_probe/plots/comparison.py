@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,8 +30,9 @@ _BAR_INCHES = 0.85  # of a colour bar beside a panel; a longer label is left out
 def plot_comparison(rows: Mapping[str, Mapping[str, Panel]], *, columns: int = 5) -> Figure:
     """Draw the same measures of several models, so that each column shows one measure on one scale.
 
-    Graphs of a column have the same vertical axis; pictures go without ticks and without what is written in or above them, and
-    colour bars without labels that are longer than they. What only some rows have is left out.
+    Graphs of a column have the same vertical axis, and pictures the same colours; pictures go without ticks and without what is
+    written in or above them, and colour bars without labels that are longer than they. Maps of layer against layer, which begin
+    at the lower left, keep the numbers of the first and the last layer. What only some rows have is left out.
 
     Args:
         rows: By the name of a model, its panels by title (which may have several lines, and names the unit of the vertical
@@ -83,11 +85,17 @@ def _draw_column(places: list[Axes], title: str, panels: list[Panel]) -> None:
             if text_inches(bar.get_ylabel()) > _BAR_INCHES:
                 bar.set_ylabel("")
         if axes.images:
-            bare(axes)
             axes.set_anchor("N")
-            axes.set_xlabel("")
-            for text in tuple(axes.texts):
-                text.remove()
+            if axes.images[0].origin == "lower":
+                _number_ends(axes)
+            else:
+                _strip(axes)
+    # What has three axes holds colours already.
+    maps = [image for axes in places for image in axes.images if np.asarray(image.get_array()).ndim == 2]
+    if maps:
+        darkest, brightest = zip(*(image.get_clim() for image in maps), strict=True)
+        for image in maps:
+            image.set_clim(min(darkest), max(brightest))
     graphs = [axes for axes in places if not axes.images]
     if graphs:
         lowest, highest = zip(*(axes.get_ylim() for axes in graphs), strict=True)
@@ -96,6 +104,20 @@ def _draw_column(places: list[Axes], title: str, panels: list[Panel]) -> None:
     for axes in places[:-1]:
         axes.set_xlabel("")
     places[0].set_title(title, fontsize=_TITLE_POINTS)
+
+
+def _strip(axes: Axes) -> None:
+    bare(axes)
+    axes.set_xlabel("")
+    for text in tuple(axes.texts):
+        text.remove()
+
+
+def _number_ends(axes: Axes) -> None:
+    """Number the first and the last row and column of a picture alone, as there is room for no more."""
+    rows, cols = axes.images[0].get_size()
+    axes.set_xticks(sorted({0, cols - 1}))
+    axes.set_yticks(sorted({0, rows - 1}))
 
 
 def plot_range(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
