@@ -33,7 +33,7 @@ VARIANTS = {
     "sincos_2d": {"position": "sincos_2d", "stem": "patches"},
     "hybrid": {"position": "learned_1d", "stem": "hybrid"},
 }
-SMALL = "--width 64 --depth 6 --heads 4 --set epochs=4 --set warmup=0.5 --set full_epochs=0 --set batch_size=96"
+SMALL = "--width 64 --depth 6 --heads 4 --set epochs=16 --set warmup=1 --set full_epochs=1 --set batch_size=96"
 FOLDER = Path(__file__).parent / "variants"
 
 
