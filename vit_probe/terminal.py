@@ -34,9 +34,11 @@ def complain(sentence: str) -> None:
 
 
 def command(function: Callable[..., Any]) -> typer.Typer:
-    """A program whose arguments and help are those of the function."""
+    """A program whose arguments are those of the function, and whose help is what the function's module says of itself."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
+    paragraphs = (sys.modules[function.__module__].__doc__ or "").split("\n\n")
+    lines = (text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs)  # code stays as it is
+    app.command(help="\n\n".join(lines))(function)
     return app
 
 

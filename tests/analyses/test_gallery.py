@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from analyses.gallery import BEGIN, END, STUDIES, main, page, section
+from tests.analyses.conftest import typed
 from vit_probe import InputError
 
 
@@ -74,3 +75,14 @@ def test_the_page_in_the_clone_is_of_the_results_beside_it() -> None:
     figures = Path(__file__).parents[2] / "figures"
     text = (figures / "README.md").read_text(encoding="utf-8")
     assert page(text, figures) == text
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "gallery", "train_demo", "train_variants", "finetune_resolution"])
+def test_help_tells_what_the_module_says_of_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(f"analyses.{name}")
+    assert typed(monkeypatch, module.main, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for paragraph in (module.__doc__ or "").split("\n\n"):
+        assert " ".join(paragraph.split()) in shown
