@@ -58,10 +58,12 @@ def found(table: pd.DataFrame) -> Finding:
         f"{table.entropy.min():.2f} nats, looks {table.distance.iloc[table.entropy.argmin()]:.1f} px far."
     )
     clear = CLEAR * table.uniform_entropy.iloc[-1]
+    several, differ = table.layer.nunique() > 1, bool(spread[0] > clear) if table["head"].nunique() > 1 else None
+    rises = bool(mean[1] - mean[0] > clear) if several else None
     published = {
-        "entropy is larger in the last third of the layers than in the first": bool(mean[1] - mean[0] > clear),
-        "heads of a layer of the first third differ": bool(spread[0] > clear),
-        "heads of a layer of the last third differ less": bool(spread[1] < spread[0]),
+        "entropy is larger in the last third of the layers than in the first": rises,
+        "heads of a layer of the first third differ": differ,
+        "heads of a layer of the last third differ less": bool(spread[1] < spread[0]) if differ and several else None,
     }
     return Finding(text, published)
 

@@ -5,9 +5,9 @@ positions; 64.2, 64.0 and 64.0 % with 1-D, 2-D and relative ones). Expected: the
 embeddings; without positions a model is worse; which kind it has matters little. As published here: similarity and distance
 correlate below -0.5 in the model; without positions top-1 is below the mean of the three kinds, by two standard errors of a
 difference (as if of independent images, though all saw the same; and each kind was trained once, so that the luck of a seed is
-not in it); these three lie within half of that loss, which stays open where they lie within two standard errors. Sine-cosine,
-whose embeddings all resemble each other, stands for the paper's relative positions. The small models come of
-`python -m analyses.train_variants DATA`.
+not in it); these three lie within half of that loss, which stays open where the loss is not clear, or where they lie farther
+apart, but within what chance makes of three (3.31 standard errors). Sine-cosine, whose embeddings all resemble each other,
+stands for the paper's relative positions. The small models come of `python -m analyses.train_variants DATA`.
 
     python -m analyses.position_similarity --model demo
 """
@@ -35,6 +35,8 @@ from vit_probe.terminal import run
 
 KINDS = {"none": "no positions", "learned_1d": "learned 1-D", "learned_2d": "learned 2-D", "sincos_2d": "sine-cosine"}
 
+OF_THREE = 3.31  # standard errors: the 95 % point of the studentized range of three
+
 
 def main(
     model: Model = "demo",
@@ -55,7 +57,7 @@ def main(
     trained["standard_error"] = np.sqrt(trained.top1 * (100 - trained.top1) / trained.images)
     kinds, error = trained.top1.drop("none"), trained.standard_error.max()
     loss, apart = kinds.mean() - trained.top1["none"], kinds.max() - kinds.min()
-    clear, chance = 2 * error * np.sqrt(1 + 1 / len(kinds)), 2 * error * np.sqrt(2)
+    clear, chance = 2 * error * np.sqrt(1 + 1 / len(kinds)), OF_THREE * error
     worse = None if abs(loss) <= clear else bool(loss > 0)
     alike = True if apart < loss / 2 else None if apart <= chance else False
     name = str(models["model"].name)

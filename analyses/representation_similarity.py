@@ -75,7 +75,7 @@ def found(within: np.ndarray, between: np.ndarray, random: np.ndarray) -> Findin
         f"from its place, and has a CKA of {between.max(axis=1).mean():.2f} with it, on average."
     )
     published = {
-        "lower and upper layers are alike (CKA above 0.5)": bool(across > ALIKE),
+        "lower and upper layers are alike (CKA above 0.5)": bool(across > ALIKE) if len(within) > 1 else None,
         "more than those of a convolutional network": None,
     }
     return Finding(text, published)

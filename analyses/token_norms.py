@@ -4,7 +4,8 @@ Darcet et al. 2024, Vision Transformers Need Registers, arXiv:2309.16588, figure
 were trained for long, some 2 % of the patch tokens have norms far above the others', from the middle layers on; DINOv2 models
 smaller than ViT-L have none, nor have those that were trained with registers. As published here: the last layer has artifacts
 if the model has as many parameters as ViT-L and no registers, else none. Of other trainings than DINOv2's the paper finds some
-smaller models with artifacts (DeiT-III-B and OpenCLIP-B, figure 2), which would count as not as published here.
+smaller models with artifacts (DeiT-III-B and OpenCLIP-B, figure 2), which would count as not as published here. A small model
+of random weights has none, either.
 
     python -m analyses.token_norms --model demo
 """
@@ -33,7 +34,8 @@ def main(
     table = result.histogram().merge(layers.drop(columns=["module", "tokens"]), on="layer")
     grid = result.provenance["grid"]
     more = grid["num_prefix_tokens"] - grid["has_cls_token"]
-    registers = 0 if more == grid["has_cls_token"] else more  # one beside a class token is DeiT's for distillation
+    unnamed = 0 if more == grid["has_cls_token"] else more  # one beside a class token is DeiT's for distillation
+    registers = getattr(getattr(loaded, "config", None), "num_registers", unnamed)
     finding = found(layers, sum(parameter.numel() for parameter in loaded.parameters()), registers)
     keep("token_norms", result.plot(), table, finding, result.provenance, folder, formats)
 

@@ -47,8 +47,10 @@ def main(
         raise InputError(f"--epochs {epochs}: {snapshots} holds the weights after {max(files)}; tell after how many --model is")
     frames, maps, provenance, rows = {}, {}, {}, list[dict[str, Any]]()
     networks = {epoch: steps.load(name) for epoch, name in (files | {epochs: model}).items()}
-    for epoch, network in networks.items():
-        if names := differing(*(model_provenance(one)["config"] for one in (network, networks[epochs]))):
+    configs = {epoch: model_provenance(network)["config"] for epoch, network in networks.items()}
+    configs = {epoch: config if isinstance(config, dict) else {} for epoch, config in configs.items()}
+    for epoch, config in configs.items():
+        if names := differing(config, configs[epochs]):
             raise InputError(f"{files[epoch]} is of another training, with another {names}; name the snapshots of {model}")
     for epoch, network in networks.items():
         title = f"epoch {epoch}" if epoch else "before training"

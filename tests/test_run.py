@@ -198,7 +198,11 @@ class Hungry(nn.Module):
         return self.inner(x)
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")]
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)

@@ -18,6 +18,8 @@ from vit_probe.tiles import AttentionObserver
 
 __all__ = ["Pieces"]
 
+_FULL = ("can't allocate memory", "MPS backend out of memory")  # CPU and MPS have no error of their own
+
 
 class Pieces:
     """Takes batches through a model whole, or in as many images at once as memory turns out to hold.
@@ -42,9 +44,9 @@ class Pieces:
         """
         needed = [getattr(measure, "fewest", 1) for measure in measures] or [1]
         fewest, most = min(needed), max(needed)
-        waiting = _cut(batch, self.at_once or len(batch), most)
-        while waiting:
-            part = waiting.pop(0)
+        rest = batch
+        while len(rest):
+            part = _cut(rest, self.at_once or len(rest), most)[0]
             for measure in measures:
                 if isinstance(measure, Measure):
                     measure.begin_batch()
@@ -54,8 +56,8 @@ class Pieces:
                 for measure in measures:
                     if isinstance(measure, Measure):
                         measure.end_batch()
-            except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU has none of its own
-                full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+                full = isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in _FULL)
                 if not full or len(part) == 1 or not all(isinstance(measure, Measure) for measure in measures):
                     raise
                 if len(part) <= fewest:
@@ -66,7 +68,8 @@ class Pieces:
                 for measure in measures:
                     measure.roll_back()  # type: ignore[attr-defined]
                 self._shrink(len(part), most)
-                waiting = [piece for whole in (part, *waiting) for piece in _cut(whole, self.at_once or 1, most)]
+            else:
+                rest = rest[len(part) :]
 
     def _shrink(self, images: int, fewest: int) -> None:
         """Takes at most half as many as these, which memory does not hold, though no fewer than `fewest` as long as it can."""
@@ -76,7 +79,7 @@ class Pieces:
         self.at_once = max(half, fewest) if images > fewest else half
         if self.at_once < fewest <= images:
             warnings.warn(
-                f"memory does not hold {images} images; what is measured in batches of {fewest} or more has none to count",
+                f"memory does not hold {images} images; what is measured in batches of {fewest} or more cannot count these",
                 AssumptionWarning,
                 stacklevel=5,
             )

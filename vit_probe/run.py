@@ -93,8 +93,8 @@ class AttentionRun:
 
         Measures with `update_tokens` (see `vit_probe.hidden.TokenObserver`) are shown the patch tokens that each block passes
         on, in the same forward pass. It ends after the last layer's attention, or after the last block where there are such
-        measures. A batch that memory does not hold is halved, and so are those after it, though not below what all measures
-        need. Each of several processes shows its share of the images; then `measures` and `images` of the first have those of
+        measures. A batch that memory does not hold is halved, and so are those after it, though not below what every measure
+        needs. Each of several processes shows its share of the images; then `measures` and `images` of the first have those of
         all, in the order of the whole list, and the others go on as soon as it has them.
 
         Args:
@@ -107,7 +107,7 @@ class AttentionRun:
 
         Raises:
             InputError: If a measure cannot use the attention, the images are not as they were announced, the blocks of the
-                model do not show their tokens, memory does not hold as many images as a measure needs, or the state is of
+                model do not show their tokens, memory does not hold as many images as all measures need, or the state is of
                 another run.
             ProcessGone: If another process has ended. What this one has done is in `state`, where that was given.
         """

@@ -112,6 +112,13 @@ def test_each_criterion_decides(what: str, distances: list[list[float]], holds: 
     assert found(heads, fields).holds is holds, what
 
 
+def test_one_layer_has_no_second_half() -> None:
+    heads = pd.DataFrame({"layer": [0, 0], "distance": [10.0, 30.0], "uniform_distance": 32.0})
+    finding = found(heads, receptive_field(plain_stack(24), network=next(iter(NETWORKS))).to_dataframe())
+    assert "nan" not in finding.text
+    assert finding.holds is None
+
+
 def test_the_bundled_model_as_it_is_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,13 @@ def test_each_criterion_decides(what: str, entropies: list[list[float]], holds: 
     assert found(heads(entropies)).holds is holds, what
 
 
+def test_what_one_layer_or_one_head_cannot_tell() -> None:
+    assert found(heads([[0.5, 3.7]])).lines()[0].startswith("open")
+    assert found(heads([[0.5, 3.7]])).lines()[2].startswith("open")
+    one = heads(AS_PUBLISHED)
+    assert [line.partition(":")[0] for line in found(one[one["head"] == 0]).lines()] == ["yes", "open", "open"]
+
+
 def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Attention that is uniform everywhere rises nowhere, and heads do not differ."""
     model = classifier(depth=1)

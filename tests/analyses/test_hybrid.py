@@ -60,13 +60,12 @@ def test_local_heads_are_counted(models: dict[str, tuple[Path, VisionTransformer
     assert (tmp_path / "hybrid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_other_way_round_is_not_as_published(
-    models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path
-) -> None:
+def test_the_other_way_round(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path) -> None:
     run(models, photographs, tmp_path)
     tables = {str(name): table for name, table in pd.read_csv(tmp_path / "hybrid.csv").groupby("model")}
     finding = found(tables["hybrid"], tables["pure"])
-    assert finding.holds is False
+    assert finding.holds is None  # without local heads in the one there is nothing to be less pronounced
+    assert found(tables["pure"], tables["pure"]).holds is False
     assert "0 of 2 heads of the pure ViT are local, 2 of 2 of the hybrid" in finding.text
 
 
@@ -98,7 +97,7 @@ def test_models_without_local_heads_leave_it_open(
     run({"pure": models["hybrid"], "hybrid": models["hybrid"]}, photographs, tmp_path)
     kept = json.loads((tmp_path / "hybrid.json").read_text())
     assert kept["as_published"] is None
-    assert kept["published"] == ["open: of the early heads of the hybrid a smaller share is local"]
+    assert kept["published"] == ["open: local heads are less pronounced in the hybrid"]
 
 
 def test_a_hybrid_that_is_none(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_every_number_and_the_finding(model: VisionTransformer, checkpoint: Path
         interval = np.std(less, ddof=1) / 3**0.5 * 4.302653  # Student's t for 2 degrees of freedom
         differences[order] = np.mean(less), interval
     answers = [answer.partition(":")[0] for answer in content["published"]]
-    assert answers[0] == ("yes" if mean("heads_correlation") < 0.5 else "no")
+    assert answers[0] == ("yes" if mean("heads_correlation") < 0.5 and mean("heads_patches") < 0.3 else "no")
     for answer, (difference, interval) in zip(answers[1:], differences.values(), strict=True):
         assert answer == ("open" if abs(difference) <= interval else "yes" if difference > 0 else "no")
     finding = content["finding"]
@@ -94,16 +94,18 @@ def test_every_number_and_the_finding(model: VisionTransformer, checkpoint: Path
 
 
 @pytest.mark.parametrize(
-    ("threshold", "more", "answers", "holds"),
+    ("threshold", "few", "more", "answers", "holds"),
     [
-        (2.0, {"random": 0.5, "least rollout": 0.5}, ["yes", "yes", "yes"], True),
-        (-2.0, {"random": 0.5, "least rollout": 0.5}, ["no", "yes", "yes"], False),
-        (2.0, {"random": -0.5, "least rollout": 0.5}, ["yes", "no", "yes"], False),
-        (2.0, {"random": 0.5, "least rollout": 0.0}, ["yes", "yes", "open"], None),
+        (2.0, 1.0, {"random": 0.5, "least rollout": 0.5}, ["yes", "yes", "yes"], True),
+        (-2.0, 1.0, {"random": 0.5, "least rollout": 0.5}, ["no", "yes", "yes"], False),
+        (2.0, 0.0, {"random": 0.5, "least rollout": 0.5}, ["no", "yes", "yes"], False),
+        (2.0, 1.0, {"random": -0.5, "least rollout": 0.5}, ["yes", "no", "yes"], False),
+        (2.0, 1.0, {"random": 0.5, "least rollout": 0.0}, ["yes", "yes", "open"], None),
     ],
 )
 def test_each_criterion_decides(
     threshold: float,
+    few: float,
     more: dict[str, float],
     answers: list[str],
     holds: bool | None,
@@ -122,6 +124,7 @@ def test_each_criterion_decides(
         return result
 
     monkeypatch.setattr(rollout, "DIFFERENT", threshold)
+    monkeypatch.setattr(rollout, "FEW", few)
     monkeypatch.setattr(rollout, "deletion", changed)
     main(str(checkpoint), out=tmp_path, limit=2)
     study = kept(tmp_path)[1]
@@ -152,12 +155,14 @@ def test_the_same_input_gives_the_same_bytes(
 def test_a_model_without_classifier_is_judged_by_its_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     headless = small_vit(num_classes=0, num_heads=4)
     headless.preprocessing = Preprocessing((24, 24), resize=24)
+    (tmp_path / "rollout_deletion.png").touch()  # of an earlier model
     main(str(save_model(headless, tmp_path / "headless.safetensors")), out=tmp_path, limit=3)
     assert "note: deletion is left out: VisionTransformer returns no scores of classes" in capsys.readouterr().err
     table, content = kept(tmp_path)
     assert not set(AREAS) & set(table)
     assert [answer.partition(":")[0] for answer in content["published"]][1:] == ["open", "open"]
-    assert content["as_published"] is (None if table.heads_correlation.mean() < 0.5 else False)
+    few, apart = table.heads_patches.mean() < 0.3, table.heads_correlation.mean() < 0.5
+    assert content["as_published"] is (None if few and apart else False)
     assert "No patches were taken away, for want of classes" in content["finding"]
     assert not (tmp_path / "rollout_deletion.png").exists()
 

@@ -77,7 +77,9 @@ def test_large_models_have_artifacts_and_small_ones_none(parameters: float, larg
         (dict(num_registers=4), "million parameters and 4 registers, "),
         (dict(num_registers=4, class_token=False, pooling="avg"), "million parameters and 4 registers, "),
         (dict(num_registers=1, class_token=False, pooling="avg"), "million parameters and 1 register, "),
+        (dict(num_registers=1), "million parameters and 1 register, "),
         (dict(distillation_token=True), "million parameters, "),
+        (dict(distillation_token=True, num_registers=4), "million parameters and 4 registers, "),
     ],
 )
 def test_registers_are_counted(tokens: dict[str, Any], said: str, tmp_path: Path) -> None:

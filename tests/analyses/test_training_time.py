@@ -110,6 +110,17 @@ def test_snapshots_of_another_training(training: tuple[Path, Any], photographs: 
         main(model=str(tmp_path / "other.safetensors"), epochs=10, snapshots=folder, images=[photographs], out=tmp_path)
 
 
+def test_models_of_no_known_configuration(
+    training: tuple[Path, Any], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are not told apart by it."""
+    folder, _ = training
+    known = {"name": "model", "class": "Model", "config": None, "weights_sha256": ""}
+    monkeypatch.setattr("analyses.training_time.model_provenance", lambda network: known)
+    main(model=str(folder / "model.safetensors"), epochs=10, snapshots=folder, images=[photographs], out=tmp_path)
+    assert len(pd.read_csv(tmp_path / "training_time.csv")) == 3
+
+
 def test_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The bundled model and its snapshots: no nearness before training, and more of it with every snapshot."""
     assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path) == 0

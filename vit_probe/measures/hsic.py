@@ -16,12 +16,13 @@ __all__ = ["FEWEST", "centred_pairs", "inner_products"]
 FEWEST = 4
 """Images of which the estimator can be computed."""
 
-_ROUNDING = 1e-12
+_ROUNDING = 100  # times what the type of number tells
 _AT_ONCE = 1 << 21  # numbers that are made wide at a time
 
 
 def inner_products(tokens: Float[Tensor, "image patch dim"]) -> Float[np.ndarray, "image image"]:
-    """Inner products of all pairs of images, each represented by its tokens one after the other, in float64.
+    """Inner products of all pairs of images, each represented by its tokens one after the other, in float64 (on
+    MPS, which has none, float32).
 
     The tokens of the first image are taken from all: the criterion does not change by what all images have in common, and its
     rounding is the less.
@@ -33,7 +34,7 @@ def inner_products(tokens: Float[Tensor, "image patch dim"]) -> Float[np.ndarray
         rows = part.to(dtype).flatten(1)
         rows = rows - rows[:1]
         products += rows @ rows.T
-    return products.cpu().double().numpy()
+    return products.cpu().numpy()
 
 
 def centred_pairs(products: Float[np.ndarray, "image image"]) -> Float[np.ndarray, "pair"]:
@@ -47,9 +48,10 @@ def centred_pairs(products: Float[np.ndarray, "image image"]) -> Float[np.ndarra
         inner product: Székely & Rizzo 2014, Partial distance correlation with methods for dissimilarities, Annals of
         Statistics 42, definition 2.
     """
-    count = len(products)
+    count, rounding = len(products), _ROUNDING * np.finfo(products.dtype).eps
+    products = products.astype(np.float64)
     off_diagonal = products - np.diag(np.diag(products))
     sums = off_diagonal.sum(axis=0) / (count - 2)
     centred = off_diagonal - sums[:, None] - sums[None, :] + sums.sum() / (count - 1)
     pairs = centred[np.triu_indices(count, k=1)] * math.sqrt(2 / (count - 3))
-    return pairs if np.linalg.norm(pairs) > _ROUNDING * np.linalg.norm(products) else np.zeros_like(pairs)
+    return pairs if np.linalg.norm(pairs) > rounding * np.linalg.norm(products) else np.zeros_like(pairs)

@@ -119,7 +119,7 @@ def _draw(axes: Axes, frame: pd.DataFrame) -> list[Line2D]:
         rows = rows.sort_values("layer")
         depth, colour = np.array([0.0, *rows["depth"]]), _COLOURS[index % len(_COLOURS)]
         label = f"{network}: {rows['receptive_field'].iloc[-1]} px wide"
-        look: Any = {"color": colour, "marker": _MARKERS[index % len(_MARKERS)], **_MARKED}
+        look: Any = {"color": colour, "marker": _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)], **_MARKED}
         for column, more in (("reach", {"label": label, "zorder": 3}), ("mean_distance", {"label": "_", "zorder": 2, **_MEAN})):
             distance = np.array([0.0, *rows[column]])
             handles += axes.plot(depth[::-1], distance[::-1], **look, **more)  # markers are spread from the first point on
