@@ -45,8 +45,9 @@ def main(
 def found(heads: pd.DataFrame, fields: pd.DataFrame) -> Finding:
     """Of the table of heads, and of those of the convolutional networks, the plain stack first."""
     depth = int(heads["layer"].max()) + 1
-    third, heads = math.ceil(depth / 3), heads.assign(local=are_local(heads))
+    heads = heads.assign(local=are_local(heads))
     early, late = heads[in_first_third(heads)], heads[heads["layer"] >= min(depth / 2, depth - 1)]
+    third = early["layer"].nunique()
     farthest, first = early["distance"].max(), heads.loc[heads["layer"] == 0, "distance"].max()
     plain = fields[fields["network"] == next(iter(NETWORKS))].iloc[-1]
     text = (

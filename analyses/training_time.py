@@ -22,7 +22,7 @@ from vit_probe import InputError, mean_attention_distance, position_similarity, 
 from vit_probe.measures.position_nearness import position_nearness
 from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.training_time import plot_training_time
-from vit_probe.run import model_provenance
+from vit_probe.run import model_config
 from vit_probe.state import differing
 from vit_probe.terminal import run
 
@@ -47,7 +47,7 @@ def main(
         raise InputError(f"--epochs {epochs}: {snapshots} holds the weights after {max(files)}; tell after how many --model is")
     frames, maps, provenance, rows = {}, {}, {}, list[dict[str, Any]]()
     networks = {epoch: steps.load(name) for epoch, name in (files | {epochs: model}).items()}
-    configs = {epoch: model_provenance(network)["config"] for epoch, network in networks.items()}
+    configs = {epoch: model_config(network) for epoch, network in networks.items()}
     configs = {epoch: config if isinstance(config, dict) else {} for epoch, config in configs.items()}
     for epoch, config in configs.items():
         if names := differing(config, configs[epochs]):

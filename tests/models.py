@@ -226,3 +226,22 @@ def branches_side_by_side() -> nn.Module:
     torch.manual_seed(0)
     sizes = dict(img_size=24, patch_size=8, embed_dim=16, depth=2, num_heads=2)
     return VisionTransformer(**sizes, block_fn=ParallelThingsBlock).eval()
+
+
+class Hungry(nn.Module):
+    """Memory holds so many images at once; the others are refused after the first layer."""
+
+    def __init__(self, most: int, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.inner, self.most = small_vit(), most
+        self.error = error or torch.OutOfMemoryError("out of memory")
+        self.inner.blocks[1].register_forward_pre_hook(self._weigh)
+        self.sizes: list[int] = []
+
+    def _weigh(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > self.most:
+            raise self.error
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return self.inner(x)

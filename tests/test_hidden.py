@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.families.timm import sam as timm_sam
 from tests.families.timm import swin as timm_swin
-from tests.models import FAMILIES, Family, branches_side_by_side, images, small_vit, swin
+from tests.models import FAMILIES, Family, Hungry, branches_side_by_side, images, small_vit, swin
 from tests.test_hooks import leaves_nothing
 from tests.test_processes import ends, start
 from tests.test_tokens import TokenFirst
@@ -189,24 +189,6 @@ def test_models_of_half_precision_and_compiled_ones() -> None:
 
 
 # Memory, interruptions, processes
-
-
-class Hungry(nn.Module):
-    """Memory holds so many images at once; the others are refused after the first layer's tokens have been shown."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.inner, self.most = small_vit(), most
-        self.inner.blocks[1].register_forward_pre_hook(self._weigh)
-        self.sizes: list[int] = []
-
-    def _weigh(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if len(args[0]) > self.most:
-            raise torch.OutOfMemoryError("out of memory")
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(len(x))
-        return self.inner(x)
 
 
 def test_no_fewer_images_at_once_than_a_measure_needs() -> None:

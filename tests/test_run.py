@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.models import FAMILIES, Assemble, images, small_vit
+from tests.models import FAMILIES, Assemble, Hungry, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_rollout, mean_attention_distance
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures import AttentionDistance, AttentionRollout
@@ -178,24 +178,6 @@ def test_positions_are_no_second_sequence() -> None:
     result = mean_attention_distance(model, images(32, 32, batch=5), batch_size=2, device="cpu")
     assert result.num_images == 5
     assert result.modules == ["blocks.0.attn", "blocks.1.attn"]
-
-
-class Hungry(nn.Module):
-    """Memory holds so many images at once; the others are refused in the middle of the pass."""
-
-    def __init__(self, most: int, error: BaseException) -> None:
-        super().__init__()
-        self.inner, self.most, self.error = small_vit(), most, error
-        self.inner.blocks[1].register_forward_pre_hook(self._weigh)
-        self.sizes: list[int] = []
-
-    def _weigh(self, module: nn.Module, args: tuple[Tensor]) -> None:
-        if len(args[0]) > self.most:
-            raise self.error
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.sizes.append(len(x))
-        return self.inner(x)
 
 
 OUT_OF_MEMORY = [

@@ -46,7 +46,7 @@ class Pieces:
         fewest, most = min(needed), max(needed)
         rest = batch
         while len(rest):
-            part = _cut(rest, self.at_once or len(rest), most)[0]
+            part = rest[: _next(len(rest), self.at_once or len(rest), most)]
             for measure in measures:
                 if isinstance(measure, Measure):
                     measure.begin_batch()
@@ -85,7 +85,7 @@ class Pieces:
             )
 
 
-def _cut(batch: Tensor, at_once: int, fewest: int) -> list[Tensor]:
-    """Pieces of equal size but for one image; where these are too small, as many whole ones as there are, and the rest."""
-    count = math.ceil(len(batch) / at_once)
-    return list(batch.tensor_split(count) if len(batch) // count >= fewest else batch.split(at_once))
+def _next(left: int, at_once: int, fewest: int) -> int:
+    """How many of the images that are left to take: as many each time but for one, or, where these are too few, all that go."""
+    pieces = math.ceil(left / at_once)
+    return math.ceil(left / pieces) if left // pieces >= fewest else at_once

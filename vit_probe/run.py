@@ -28,7 +28,7 @@ from vit_probe.stream import Images, ImageStream
 from vit_probe.survey import survey
 from vit_probe.tiles import AttentionObserver
 
-__all__ = ["AttentionRun", "model_provenance", "select_device"]
+__all__ = ["AttentionRun", "model_config", "model_provenance", "select_device"]
 
 
 class AttentionRun:
@@ -122,7 +122,8 @@ class AttentionRun:
 
         def keep() -> None:
             if state is not None:
-                write_state(state, identity, self._state(kept))
+                done = [measure.state() for measure in kept]
+                write_state(state, identity, RunState(self.images.state(), done, self._pieces.at_once))
 
         self._check_alike(identity)
         with self.processes.together():
@@ -157,9 +158,6 @@ class AttentionRun:
         keep()
         if several:
             self._gather(kept, fresh)
-
-    def _state(self, measures: Sequence[Measure]) -> RunState:
-        return RunState(self.images.state(), [measure.state() for measure in measures], self._pieces.at_once)
 
     def _gather(self, measures: Sequence[Measure], fresh: Sequence[Measure]) -> None:
         """Adds what the other processes have to what the first has, in the order of the whole list."""
@@ -235,15 +233,20 @@ class AttentionRun:
         return model_provenance(self.model)
 
 
-def model_provenance(model: nn.Module) -> dict[str, Any]:
-    """Name, class, configuration and hash of the weights."""
+def model_config(model: nn.Module) -> Any:
+    """The model's configuration, by name where it is a dataclass or transformers' own; None if it has none."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):  # transformers
         config = config.to_dict()
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+
+
+def model_provenance(model: nn.Module) -> dict[str, Any]:
+    """Name, class, configuration and hash of the weights."""
     return {
         "name": getattr(model, "name", type(model).__name__),
         "class": type(model).__name__,
-        "config": asdict(config) if is_dataclass(config) and not isinstance(config, type) else config,
+        "config": model_config(model),
         "weights_sha256": weights_sha256(model),
     }
 

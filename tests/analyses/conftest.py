@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.analyses.small_models import write_photographs
 from vit_probe.terminal import run
 
 CLASSES = ("across", "down", "plain")
@@ -55,6 +56,12 @@ def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sheets(folder / "train", dict(zip(CLASSES, (90, 90, 75), strict=True)), seed=0)
     write_sheets(folder / "val", dict.fromkeys(CLASSES, 20), seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of them, of 16 pixels."""
+    return write_photographs(tmp_path_factory.mktemp("images") / "photographs")
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any], *arguments: object) -> int:

@@ -12,14 +12,9 @@ import pytest
 from analyses.hybrid import found, main
 from tests import reference
 from tests.analyses.conftest import typed
-from tests.analyses.small_models import attention_distances, write_model, write_photographs
+from tests.analyses.small_models import attention_distances, write_model
 from tests.models import small_vit
 from vit_probe import InputError, Preprocessing, VisionTransformer, save_model
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("images") / "photographs")
 
 
 @pytest.fixture(scope="module")

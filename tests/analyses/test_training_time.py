@@ -14,7 +14,7 @@ import torch
 from analyses.training_time import found, main
 from tests import reference
 from tests.analyses.conftest import typed
-from tests.analyses.small_models import attention_distances, new_model, write_model, write_photographs
+from tests.analyses.small_models import attention_distances, new_model, write_model
 from vit_probe import InputError, VisionTransformer, save_model
 
 PLACES = np.indices((4, 4)).reshape(2, -1).T
@@ -31,11 +31,6 @@ def learned(model: VisionTransformer) -> VisionTransformer:
         key[:8] = query[:8].mul_(4.0)
         query[8:] = 0
     return model
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("images") / "photographs")
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +110,7 @@ def test_models_of_no_known_configuration(
 ) -> None:
     """Are not told apart by it."""
     folder, _ = training
-    known = {"name": "model", "class": "Model", "config": None, "weights_sha256": ""}
-    monkeypatch.setattr("analyses.training_time.model_provenance", lambda network: known)
+    monkeypatch.setattr("analyses.training_time.model_config", lambda network: None)
     main(model=str(folder / "model.safetensors"), epochs=10, snapshots=folder, images=[photographs], out=tmp_path)
     assert len(pd.read_csv(tmp_path / "training_time.csv")) == 3
 

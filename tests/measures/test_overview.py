@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.models import branches_side_by_side, classifier, images, swin, transformers_vit
-from tests.test_hidden import Hungry
+from tests.models import Hungry, branches_side_by_side, classifier, images, swin, transformers_vit
 from tests.test_tokens import Plain
 from vit_probe import (
     InputError,

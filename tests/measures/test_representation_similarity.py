@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.models import FAMILIES, images, small_vit, swin
-from tests.test_hidden import Hungry, Tokens, run
+from tests.models import FAMILIES, Hungry, images, small_vit, swin
+from tests.test_hidden import Tokens, run
 from vit_probe import InputError, Preprocessing, load_result
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures.hsic import centred_pairs, inner_products

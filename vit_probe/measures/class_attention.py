@@ -213,14 +213,10 @@ class ClassAttention(ImageMaps):
         Raises:
             InputError: If there were none.
         """
-        maps = self._all()
         return ClassAttentionResult(
-            maps=maps,
-            images=images,
-            names=names or [f"image {index}" for index in range(len(maps))],
+            **self._result(provenance, names, images),
             layer=self.layer,
             module=self.module,
-            provenance=provenance or {},
         )
 
     def _finish_batch(self) -> None:

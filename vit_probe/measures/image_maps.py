@@ -82,15 +82,16 @@ class ImageMaps(ABC):
     def _finish_batch(self) -> None:
         """Appends the maps of the batch that is under way, if one is."""
 
-    def _all(self) -> np.ndarray:
-        """The maps of all images so far.
+    def _result(self, provenance: dict[str, Any] | None, names: list[str] | None, images: np.ndarray | None) -> dict[str, Any]:
+        """What the results of all such measures hold of the images so far: maps, images, names and provenance.
 
         Raises:
-            InputError: If there were none, or they hold NaN.
+            InputError: If there were none, or the maps hold NaN.
         """
         self._finish_batch()
         if not self._maps:
             raise InputError("no attention has been measured yet")
         maps = np.concatenate(self._maps)
         check_finite(maps, self.what)
-        return maps
+        names = names or [f"image {index}" for index in range(len(maps))]
+        return {"maps": maps, "images": images, "names": names, "provenance": provenance or {}}

@@ -22,7 +22,7 @@ from vit_probe.measures.filter_smoothness import low_frequency_share
 from vit_probe.measures.image_maps import SHOWN_IMAGES
 from vit_probe.measures.map_statistics import head_correlation, map_correlation
 from vit_probe.measures.patch_filters import PatchFiltersResult, patch_filters
-from vit_probe.measures.position_nearness import position_nearness
+from vit_probe.measures.position_nearness import patches_apart, position_nearness
 from vit_probe.measures.position_similarity import PositionSimilarityResult, position_similarity
 from vit_probe.measures.representation_similarity import RepresentationSimilarity, RepresentationSimilarityResult
 from vit_probe.measures.rollout import AttentionRollout, AttentionRolloutResult
@@ -208,8 +208,7 @@ def _of_filters(result: PatchFiltersResult) -> _Numbers:
 
 def _of_positions(result: PositionSimilarityResult) -> _Numbers:
     rows, cols = result.similarity.shape[:2]
-    places = np.indices((rows, cols)).reshape(2, -1).T
-    apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    apart = patches_apart(rows, cols)
     alike = result.similarity.reshape(rows * cols, -1).astype(np.float64)
     return [
         ("neighbours", "cosine", _mean(alike[apart == 1])),

@@ -7,7 +7,13 @@ from jaxtyping import Float
 
 from vit_probe.errors import InputError
 
-__all__ = ["position_nearness"]
+__all__ = ["patches_apart", "position_nearness"]
+
+
+def patches_apart(rows: int, cols: int) -> Float[np.ndarray, "patch patch"]:
+    """How far the centres of any two patches of a grid lie apart, counted in patches; patches row by row."""
+    places = np.indices((rows, cols)).reshape(2, -1).T
+    return np.asarray(np.linalg.norm(places[:, None] - places[None], axis=-1))
 
 
 def position_nearness(similarity: Float[np.ndarray, "row col row col"]) -> float:
@@ -30,9 +36,8 @@ def position_nearness(similarity: Float[np.ndarray, "row col row col"]) -> float
     if values.ndim != 4 or values.shape[:2] != values.shape[2:]:
         raise InputError(f"similarity has shape {values.shape}; it must be (row, col, row, col), the same grid twice")
     rows, cols = values.shape[:2]
-    places = np.indices((rows, cols)).reshape(2, -1).T
     pairs = ~np.eye(rows * cols, dtype=bool)
-    apart = np.linalg.norm(places[:, None] - places[None], axis=-1)[pairs]
+    apart = patches_apart(rows, cols)[pairs]
     alike = values.reshape(rows * cols, -1)[pairs]
     if not (len(apart) and np.ptp(apart) > 0 and np.ptp(alike) > 0):
         raise InputError(

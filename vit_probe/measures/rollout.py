@@ -221,15 +221,11 @@ class AttentionRollout(ImageMaps):
         self._finish_batch()
         if len(self._depths) > 1:
             raise InputError(f"images went through different numbers of layers: {', '.join(map(str, sorted(self._depths)))}")
-        maps = self._all()
         return AttentionRolloutResult(
-            maps=maps,
-            images=images,
-            names=names or [f"image {index}" for index in range(len(maps))],
+            **self._result(provenance, names, images),
             head_fusion=self.head_fusion,
             discard_ratio=self.discard_ratio,
             way=self._way,
-            provenance=provenance or {},
         )
 
     def _fuse(self) -> FusedMaps:

@@ -8,12 +8,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import bar_axes, bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.bars import BAR_INCHES, LOW, LOW_BAR_INCHES, bar_margins, bar_of_ends
+from vit_probe.plots.mosaic import bare, centres, inches_per_pixel, mosaic
 from vit_probe.plots.rollout import as_bytes, attention_over_black, checked_maps
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text, text_inches
 
@@ -26,9 +25,6 @@ _NAME_INCHES = 0.16
 _GAP_INCHES = 0.21  # between lines of pictures, where it holds the names of those below
 _TALLEST = 8.5  # what a page leaves for a figure
 _LOWEST = 0.3  # inches of a picture; where a page does not hold them all, the figure is taller
-_BAR_INCHES = 0.55  # right of the pictures, for the colour bar
-_LOW = 0.7  # inches; on a lower bar, the label stands beyond the words at its ends
-_LOW_BAR_INCHES = 0.72
 _ENDS_INCHES = 0.35  # of the bar, which these words take
 _BAR_LABELS = ("Attention of a head", "Attention")  # the second where the bar is too low for the first
 _VIRIDIS = mpl.colormaps["viridis"]
@@ -91,18 +87,17 @@ def plot_class_attention(
     pixels = columns * (width + between) - between
     if ax is None:
         tallest = (_TALLEST - named * lines * _GAP_INCHES) / (len(values) * lines * (height + between))
-        for right in (_BAR_INCHES, _LOW_BAR_INCHES):
+        for right in (BAR_INCHES, LOW_BAR_INCHES):
             widest = WIDTHS["icml" if columns <= 3 else "neurips"] - _MARGIN - right
             scale = min(widest / pixels, max(tallest, _LOWEST / height))
-            if len(values) * lines * height * scale >= _LOW:
+            if len(values) * lines * height * scale >= LOW:
                 break
     else:
         scale = inches_per_pixel(ax, len(values) * lines * height, pixels)
     below = between if named == 1 else max(between, round(_GAP_INCHES / scale))
     picture = mosaic(tiles.reshape(-1, *tiles.shape[2:]), gap=(below, between), fill=255)
     inches = pixels * scale, picture.shape[0] * scale
-    spare = (_LOW - inches[1]) / 2
-    margins = _MARGIN, max(_BELOW, spare), _LOW_BAR_INCHES if spare > 0 else _BAR_INCHES, max(_NAME_INCHES, spare)
+    margins = _MARGIN, *bar_margins(inches[1], _BELOW, _NAME_INCHES)
     size = inches[0] + margins[0] + margins[2], inches[1] + margins[1] + margins[3]
     with drawing_axes(ax, size, margins) as axes:
         axes.imshow(picture, aspect="equal")
@@ -117,7 +112,7 @@ def plot_class_attention(
                     name, (middle[column], top), (0, 2), textcoords="offset points", ha="center", va="bottom",
                     annotation_clip=False,
                 )  # fmt: skip
-        _bar(axes, *inches)
+        bar_of_ends(axes, *inches, ("0", "max"), _bar_label(inches[1]))
     return axes
 
 
@@ -138,14 +133,9 @@ def _shown_rollout(rollout: NDArray[Any], photograph: NDArray[np.uint8] | None) 
     return _heat(rollout, rollout.shape) if photograph is None else as_bytes(attention_over_black(photograph, rollout))
 
 
-def _bar(axes: Axes, width: float, height: float) -> None:
-    """Say what the colours of heads mean, to the right of a picture of so many inches."""
-    place = bar_axes(axes, width, height)
-    bar = axes.figure.colorbar(ScalarMappable(Normalize(0, 1), _VIRIDIS), cax=place, ticks=[0, 1])
-    place.set_yticklabels(["0", "max"])
-    label = _BAR_LABELS[text_inches(_BAR_LABELS[0]) > height - _ENDS_INCHES]
-    bar.set_label(label, labelpad=-12 if height >= _LOW else 2)
-    bar.outline.set_visible(False)
+def _bar_label(height: float) -> str:
+    """What is written beside a colour bar of so many inches."""
+    return _BAR_LABELS[text_inches(_BAR_LABELS[0]) > height - _ENDS_INCHES]
 
 
 def _checked_heads(heads: Sequence[int] | None, count: int) -> list[int]:

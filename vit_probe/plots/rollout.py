@@ -9,14 +9,13 @@ from typing import Any, Literal
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import arrange, bar_axes, bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.bars import BAR_INCHES, bar_margins, bar_of_ends
+from vit_probe.plots.mosaic import arrange, bare, centres, inches_per_pixel, mosaic
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text
 
 __all__ = ["as_bytes", "attention_over_black", "checked_maps", "plot_rollout"]
@@ -27,9 +26,6 @@ _HEADINGS = ("Input", "Attention")
 _HEADING_INCHES = 0.6  # what "Attention" takes at 8 pt, with room on both sides
 _TITLE_INCHES = 0.17
 _MARGIN = 0.03
-_BAR_INCHES = 0.55
-_LOW = 0.7  # inches; on a lower bar, the label stands beyond the words at its ends
-_LOW_BAR_INCHES = 0.72
 _TALLEST = 8.5  # what a page leaves for a figure
 _OVERLAY = 0.6  # the heat map's share in the picture it is laid upon
 _VIRIDIS = mpl.colormaps["viridis"]
@@ -105,7 +101,7 @@ def plot_rollout(
     title_inches = _TITLE_INCHES if titles else 0.0
     top = 0.08 if pictures is None else 0.22
     bottom = title_inches + (0.08 if with_bar else _MARGIN)
-    right = _BAR_INCHES if with_bar else _MARGIN
+    right = BAR_INCHES if with_bar else _MARGIN
     if ax is None:
         widest = WIDTHS["icml" if columns == 1 else "neurips"] - _MARGIN - right
         room = max(_TALLEST - lines * title_inches, _TALLEST / 2)
@@ -115,9 +111,8 @@ def plot_rollout(
     below = max(1, round(0.06 * unit)) + round(title_inches / scale)
     picture = mosaic(arrange(tiles, columns, fill=255), gap=(below, between), fill=255)
     inches = (across * scale, picture.shape[0] * scale)
-    if with_bar and inches[1] < _LOW:
-        right, spare = _LOW_BAR_INCHES, (_LOW - inches[1]) / 2
-        top, bottom = max(top, spare), max(bottom, spare)
+    if with_bar:
+        bottom, right, top = bar_margins(inches[1], bottom, top)
     size = (inches[0] + _MARGIN + right, inches[1] + bottom + top)
     with drawing_axes(ax, size, (_MARGIN, bottom, right, top)) as axes:
         axes.imshow(picture, aspect="equal")
@@ -133,7 +128,7 @@ def plot_rollout(
                 text, place, (0, -2), textcoords="offset points", ha="center", va="top", annotation_clip=False, parse_math=False
             )
         if with_bar:
-            _bar(axes, *inches)
+            bar_of_ends(axes, *inches, ("min", "max"), "Attention")
     return axes
 
 
@@ -145,15 +140,6 @@ def _head(axes: Axes, left: NDArray[np.float64], right: NDArray[np.float64], inc
         axes.set_xticks(np.stack([left, right], axis=1).ravel(), list(_HEADINGS) * len(left))
     else:
         axes.set_xticks([(left[0] + right[-1]) / 2], ["Pairs of input (left) and attention (right)"])
-
-
-def _bar(axes: Axes, width: float, height: float) -> None:
-    """Say what the colours mean, to the right of a picture of so many inches."""
-    place = bar_axes(axes, width, height)
-    bar = axes.figure.colorbar(ScalarMappable(Normalize(0, 1), _VIRIDIS), cax=place, ticks=[0, 1])
-    place.set_yticklabels(["min", "max"])
-    bar.set_label("Attention", labelpad=-12 if height >= _LOW else 2)
-    bar.outline.set_visible(False)
 
 
 def _tiles(maps: NDArray[np.float64], images: NDArray[np.uint8] | None, kind: str) -> tuple[NDArray[np.uint8], int]:
