@@ -20,11 +20,12 @@ from pathlib import Path
 import pandas as pd
 
 from analyses.study import Finding, are_local, in_first_third, keep
-from vit_probe import mean_attention_distance, steps
+from vit_probe import mean_attention_distance
+from vit_probe.cli import setup as steps
+from vit_probe.cli.console import run
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.measures.receptive_field import ARCHITECTURES, plain_stack, receptive_field
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.receptive_field import plot_attention_beside_convolutions
-from vit_probe.terminal import run
 
 NETWORKS = {"24 x conv 3 x 3": plain_stack(24)} | {name: ARCHITECTURES[name] for name in ("AlexNet", "VGG-16", "ResNet-50")}
 

@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 
 from analyses.study import Finding, in_first_third, in_last_third, keep
-from vit_probe import steps, terminal
+from vit_probe.cli import console as terminal
+from vit_probe.cli import setup as steps
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.measures import AttentionDistance, AttentionEntropy
 from vit_probe.measures.head_table import head_table
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.plots.attention_entropy import plot_entropy_sheet
-from vit_probe.run import AttentionRun
+from vit_probe.runner.run import AttentionRun
 
 CLEAR = 0.1  # of uniform attention's entropy
 

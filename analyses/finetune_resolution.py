@@ -21,10 +21,10 @@ import typer
 from analyses.small_images import read_data, read_split
 from analyses.training import Recipe, accuracy, fit
 from vit_probe import InputError, VisionTransformer, load_model
-from vit_probe.config import as_pair
-from vit_probe.files import writable_folder, write_bytes
-from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD
-from vit_probe.terminal import print_table, run
+from vit_probe.atomic_io import writable_folder, write_bytes
+from vit_probe.cli.console import print_table, run
+from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from vit_probe.models.config import as_pair
 
 
 def main(

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from analyses.study import VERDICTS
+from vit_probe.atomic_io import write_bytes
+from vit_probe.cli.console import run
+from vit_probe.cli.options import Format
 from vit_probe.errors import InputError
-from vit_probe.files import write_bytes
-from vit_probe.options import Format
-from vit_probe.terminal import run
 
 __all__ = ["STUDIES", "page", "section"]
 

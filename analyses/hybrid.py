@@ -22,9 +22,11 @@ from torch import nn
 
 from analyses.study import Finding, are_local, in_first_third, keep
 from analyses.train_variants import FOLDER
-from vit_probe import InputError, mean_attention_distance, steps, terminal
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
-from vit_probe.plots.attention_distances import plot_attention_distances
+from vit_probe import InputError, mean_attention_distance
+from vit_probe.cli import console as terminal
+from vit_probe.cli import setup as steps
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.plots.attention_distance import plot_attention_distances
 
 CLEAR = 0.1  # of uniform attention's distance
 NUMBERS = (("distance", "min"), ("distance", "mean"), ("uniform_distance", "mean"))

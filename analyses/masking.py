@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_probe import VisionTransformer, ViTConfig
-from vit_probe.config import as_pair
-from vit_probe.layers import Block
-from vit_probe.positions import sincos_position_embedding
+from vit_probe.models.config import as_pair
+from vit_probe.models.layers import Block
+from vit_probe.models.position_embedding import sincos_position_embedding
 
 __all__ = ["Choice", "Reconstruction", "seen_patches"]
 

@@ -17,13 +17,13 @@ import pandas as pd
 import typer
 
 from analyses.study import Finding, keep
-from vit_probe import patch_filters, steps
-from vit_probe.measures.convolution_filters import convolution_filters
-from vit_probe.measures.filter_smoothness import low_frequency_share
-from vit_probe.options import Formats, Model, Out
-from vit_probe.plots.filter_panels import plot_filter_panels
-from vit_probe.random_weights import random_weights
-from vit_probe.terminal import run
+from vit_probe import patch_filters
+from vit_probe.cli import setup as steps
+from vit_probe.cli.console import run
+from vit_probe.cli.options import Formats, Model, Out
+from vit_probe.measures.patch_filters import convolution_filters, low_frequency_share
+from vit_probe.models.reinitialize import random_weights
+from vit_probe.plots.patch_filters import plot_filter_panels
 
 SEED = 0  # of the random weights
 

@@ -24,14 +24,15 @@ import typer
 
 from analyses.study import Finding, keep
 from analyses.train_variants import FOLDER, read_variants
-from vit_probe import position_similarity, steps
-from vit_probe.files import write_bytes
+from vit_probe import position_similarity
+from vit_probe.atomic_io import write_bytes
+from vit_probe.cli import setup as steps
+from vit_probe.cli.console import run
+from vit_probe.cli.options import Formats, Model, Out
 from vit_probe.measures import PositionSimilarityResult
-from vit_probe.measures.position_nearness import position_nearness
-from vit_probe.options import Formats, Model, Out
+from vit_probe.measures.position_similarity import position_nearness
 from vit_probe.plots.position_similarity import plot_position_similarities
-from vit_probe.run import model_provenance
-from vit_probe.terminal import run
+from vit_probe.runner.run import model_provenance
 
 KINDS = {"none": "no positions", "learned_1d": "learned 1-D", "learned_2d": "learned 2-D", "sincos_2d": "sine-cosine"}
 
@@ -51,7 +52,7 @@ def main(
     models = {"model": steps.load(model)} | models
     found: dict[str, PositionSimilarityResult | None] = {"model": position_similarity(models["model"])}
     for kind in KINDS:  # without positions no patch differs from another
-        found[kind] = steps.if_possible(kind, partial(position_similarity, models[kind]), say=False)
+        found[kind] = steps.skip_unsupported(kind, partial(position_similarity, models[kind]), verbose=False)
     maps = {name: result.similarity for name, result in found.items() if result is not None}
     near = pd.Series({name: position_nearness(similarity) for name, similarity in maps.items()}, name="nearness")
     trained["standard_error"] = np.sqrt(trained.top1 * (100 - trained.top1) / trained.images)

@@ -21,12 +21,13 @@ import pandas as pd
 import typer
 
 from analyses.study import Finding, keep
-from vit_probe import steps, terminal
+from vit_probe.cli import console as terminal
+from vit_probe.cli import setup as steps
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.measures.representation_similarity import RepresentationSimilarity, check_same_images
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.models.reinitialize import random_weights
 from vit_probe.plots.representation_similarity import SimilarityPanel, plot_representation_similarities
-from vit_probe.random_weights import random_weights
-from vit_probe.run import AttentionRun
+from vit_probe.runner.run import AttentionRun
 
 OTHER = Path(__file__).parent / "snapshots" / "epoch-016.safetensors"
 ALIKE = 0.5

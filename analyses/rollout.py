@@ -17,16 +17,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from analyses.study import Finding, keep, more_than_nothing
-from vit_probe import steps, terminal
-from vit_probe.files import write_bytes
+from vit_probe.atomic_io import write_bytes
+from vit_probe.cli import console as terminal
+from vit_probe.cli import setup as steps
+from vit_probe.cli.export import root_figure
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.measures import AttentionRollout
 from vit_probe.measures.class_attention import ClassAttention
 from vit_probe.measures.deletion import deletion
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
-from vit_probe.output import root_figure
 from vit_probe.plots import save_figure
 from vit_probe.plots.class_attention import plot_class_attention
-from vit_probe.run import AttentionRun
+from vit_probe.runner.run import AttentionRun
 
 SHOWN = 6
 FEW = 0.3  # of the patches hold 60 % of a head's attention
@@ -49,7 +50,7 @@ def main(
     run.observe(rolling, attending)
     rollout, heads = rolling.compute().maps, attending.compute(names=run.images.names)
     orders = {"most rollout": rollout, "most class attention": heads.maps.mean(axis=1), "least rollout": -rollout}
-    deleted = steps.if_possible("deletion is", lambda: deletion(loaded, photographs, orders))
+    deleted = steps.skip_unsupported("deletion is", lambda: deletion(loaded, photographs, orders))
     table = heads.beside(rollout)
     if deleted is not None:
         table = table.join(deleted.area.add_prefix("area, "))

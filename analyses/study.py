@@ -13,9 +13,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_probe.files import write_bytes
-from vit_probe.measures.moments import Moments
-from vit_probe.output import root_figure
+from vit_probe.atomic_io import write_bytes
+from vit_probe.cli.export import root_figure
+from vit_probe.measures.base.running_stats import RunningStats
 from vit_probe.plots import save_figure
 
 __all__ = ["VERDICTS", "Finding", "are_local", "in_first_third", "in_last_third", "keep", "more_than_nothing"]
@@ -67,7 +67,7 @@ def more_than_nothing(differences: pd.Series[float]) -> tuple[str, bool | None]:
     """Mean of some differences with its 95 % confidence interval in words, and whether it is above 0; None if that is not
     told by the interval.
     """
-    moments = Moments.of(differences.to_numpy())
+    moments = RunningStats.from_samples(differences.to_numpy())
     mean, interval = float(moments.mean), float(moments.confidence())
     if np.isnan(interval):
         return f"{mean:.3f}", None

@@ -17,8 +17,10 @@ from pathlib import Path
 import pandas as pd
 
 from analyses.study import Finding, keep
-from vit_probe import steps, terminal, token_norms
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe import token_norms
+from vit_probe.cli import console as terminal
+from vit_probe.cli import setup as steps
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
 
 LARGE = 3e8  # parameters; ViT-L has 304 million, ViT-B 86
 

@@ -22,9 +22,9 @@ from torch import nn
 from analyses.small_images import read_data
 from analyses.training import Recipe, accuracy, fit
 from vit_probe import InputError, Preprocessing, VisionTransformer, ViTConfig
-from vit_probe.config import ResNetConfig
-from vit_probe.files import writable_folder
-from vit_probe.terminal import run
+from vit_probe.atomic_io import writable_folder
+from vit_probe.cli.console import run
+from vit_probe.models.config import ResNetConfig
 
 LOCALITY = 0.75  # size of the early layers' query and key projections: how much a token prefers its like
 FILTERS = 0.01  # of their usual size at the start, so that what is seen in them later was learned

@@ -23,8 +23,8 @@ from analyses import train_demo
 from analyses.small_images import read_split
 from analyses.training import accuracy
 from vit_probe import InputError, load_model
-from vit_probe.files import writable_folder, write_bytes
-from vit_probe.terminal import command, run
+from vit_probe.atomic_io import writable_folder, write_bytes
+from vit_probe.cli.console import command, run
 
 VARIANTS = {
     "none": {"position": "none", "stem": "patches"},

@@ -6,7 +6,7 @@ weights are random says nothing of what a model has learned. As published here: 
 least doubles, so does what the largest value of a rollout map is above its mean (of two drawings of random weights the maps
 differ, too), and the low frequencies' part of the filters and the similarity of neighbours' positions rise by 0.1 or more; of a
 model without one of these, the others. Random weights are
-those of `vit_probe.random_weights`; the bundled model's training began with other ones, which its card tells of.
+those of `vit_probe.models.reinitialize`; the bundled model's training began with other ones, which its card tells of.
 
     python -m analyses.trained_vs_random --model demo
 """
@@ -20,12 +20,13 @@ import numpy as np
 import pandas as pd
 
 from analyses.study import Finding, keep
-from vit_probe import steps, terminal
+from vit_probe.cli import console as terminal
+from vit_probe.cli import setup as steps
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
 from vit_probe.measures.map_statistics import map_correlation
 from vit_probe.measures.overview import overview
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.models.reinitialize import random_weights
 from vit_probe.plots.comparison import plot_comparison
-from vit_probe.random_weights import random_weights
 
 SEED = 0  # of the random weights
 

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from analyses.masking import Reconstruction, seen_patches
 from analyses.small_images import Split, augment, mix, normalize
 from vit_probe import InputError, VisionTransformer, save_model
-from vit_probe.files import writable_folder, write_bytes
+from vit_probe.atomic_io import writable_folder, write_bytes
 from vit_probe.plots.style import figure_size, save_figure, style
 from vit_probe.results import weights_sha256
 
@@ -172,7 +172,7 @@ def _train_epoch(
     """One pass over the images: mean loss, and accuracy in percent on the images as they were mixed."""
     model.train()
     device = next(model.parameters()).device
-    # Drawn anew from seed and epoch, so that an epoch is the same after a stop as without one (on a CPU, to the last bit).
+    # Sample anew from seed and epoch, so that an epoch is the same after a stop as without one (on a CPU, to the last bit).
     torch.manual_seed(recipe.seed * 100_003 + epoch)
     random = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
     batches = torch.randperm(len(train.labels), generator=random).split(recipe.batch_size)

@@ -18,13 +18,14 @@ import pandas as pd
 import typer
 
 from analyses.study import Finding, in_first_third, keep
-from vit_probe import InputError, mean_attention_distance, position_similarity, steps
-from vit_probe.measures.position_nearness import position_nearness
-from vit_probe.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe import InputError, mean_attention_distance, position_similarity
+from vit_probe.cli import setup as steps
+from vit_probe.cli.console import run
+from vit_probe.cli.options import Formats, ImagePaths, Limit, Model, Out
+from vit_probe.measures.position_similarity import position_nearness
 from vit_probe.plots.training_time import plot_training_time
-from vit_probe.run import model_config
-from vit_probe.state import differing
-from vit_probe.terminal import run
+from vit_probe.runner.resume import differing
+from vit_probe.runner.run import model_config
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -28,9 +28,9 @@ from benchmarks.methods import METHODS, with_floors
 from benchmarks.models import Setting
 from benchmarks.report import Row, header, make_row, read_other_cases, write_tables
 from vit_probe import InputError
-from vit_probe.files import writable_folder
-from vit_probe.run import select_device
-from vit_probe.terminal import run
+from vit_probe.atomic_io import writable_folder
+from vit_probe.cli.console import run
+from vit_probe.runner.run import select_device
 
 __all__ = ["benchmark", "main"]
 

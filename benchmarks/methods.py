@@ -56,7 +56,7 @@ def _head_means(case: Case) -> int:
 
 
 def _rollout_maps(case: Case) -> int:
-    return case.depth + 2 if case.num_tokens <= 4 * case.embed_dim else 0  # see vit_probe.measures.rollout_ways
+    return case.depth + 2 if case.num_tokens <= 4 * case.embed_dim else 0  # see vit_probe.measures.rollout_algorithms
 
 
 _STOPS = "ends after the last layer's attention"

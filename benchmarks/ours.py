@@ -13,10 +13,10 @@ from torch import Tensor
 from benchmarks.models import Setting
 from benchmarks.runs import Numbers, Prepare, Run, as_array
 from vit_probe import attention_hooks, mean_attention_distance
+from vit_probe.attention.intercept import ForwardStopped
 from vit_probe.measures.attention_distance import AttentionDistance
 from vit_probe.measures.attention_entropy import AttentionEntropy
 from vit_probe.measures.rollout import AttentionRollout
-from vit_probe.routing import ForwardStopped
 
 __all__ = ["call", "observed", "reference"]
 

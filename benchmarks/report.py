@@ -17,7 +17,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.measuring import Timing
 from benchmarks.memory import Peak
-from vit_probe.files import write_bytes
+from vit_probe.atomic_io import write_bytes
 
 __all__ = ["Row", "header", "make_row", "read_other_cases", "side_by_side", "write_tables"]
 

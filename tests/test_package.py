@@ -33,7 +33,7 @@ def test_an_unknown_name() -> None:
 
 
 def test_the_command_line_waits_with_torch() -> None:
-    assert not loaded_after("import vit_probe.cli") & {"torch", "matplotlib", "numpy", "sklearn"}
+    assert not loaded_after("import vit_probe.cli.commands") & {"torch", "matplotlib", "numpy", "sklearn"}
 
 
 def test_measuring_needs_neither_matplotlib_nor_a_model_library() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests import reference
 from vit_probe import load_model, patch_filters, position_similarity
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult, AttentionRollout
-from vit_probe.run import AttentionRun
+from vit_probe.runner.run import AttentionRun
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

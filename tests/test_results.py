@@ -79,7 +79,7 @@ def test_a_broken_off_write_leaves_the_old_file(
     def fail(*names: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vit_probe.files.os.replace", fail)
+    monkeypatch.setattr("vit_probe.atomic_io.os.replace", fail)
     with pytest.raises(InputError, match=r"cannot write .*No space left on device"):
         distance.save(path)
     assert path.read_bytes() == before

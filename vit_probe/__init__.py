@@ -4,12 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit_probe.attention.hooks import attention_hooks
+    from vit_probe.attention.tiles import AttentionTile
     from vit_probe.checkpoints import load_model, save_model
-    from vit_probe.config import ViTConfig
+    from vit_probe.data.preprocessing import Preprocessing, sample_photographs
     from vit_probe.errors import InputError
-    from vit_probe.geometry import TokenGrid
-    from vit_probe.hooks import attention_hooks
-    from vit_probe.images import Preprocessing, sample_photographs
     from vit_probe.measures.attention_distance import mean_attention_distance
     from vit_probe.measures.attention_entropy import attention_entropy
     from vit_probe.measures.class_attention import class_attention
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
     from vit_probe.measures.representation_similarity import representation_similarity
     from vit_probe.measures.rollout import attention_rollout
     from vit_probe.measures.token_norms import token_norms
-    from vit_probe.positions import resize_position_embedding
+    from vit_probe.models.config import ViTConfig
+    from vit_probe.models.position_embedding import resize_position_embedding
+    from vit_probe.models.vit import VisionTransformer
     from vit_probe.results import load_result
-    from vit_probe.tiles import AttentionTile
-    from vit_probe.vit import VisionTransformer
+    from vit_probe.tokens.grid import TokenGrid
 
 __all__ = [
     "AttentionTile",
@@ -48,11 +48,11 @@ __all__ = [
 
 _MODULES = {
     "checkpoints": ("load_model", "save_model"),
-    "config": ("ViTConfig",),
+    "models.config": ("ViTConfig",),
     "errors": ("InputError",),
-    "geometry": ("TokenGrid",),
-    "hooks": ("attention_hooks",),
-    "images": ("Preprocessing", "sample_photographs"),
+    "tokens.grid": ("TokenGrid",),
+    "attention.hooks": ("attention_hooks",),
+    "data.preprocessing": ("Preprocessing", "sample_photographs"),
     "measures": (
         "attention_entropy",
         "attention_rollout",
@@ -63,10 +63,10 @@ _MODULES = {
         "representation_similarity",
         "token_norms",
     ),
-    "positions": ("resize_position_embedding",),
+    "models.position_embedding": ("resize_position_embedding",),
     "results": ("load_result",),
-    "tiles": ("AttentionTile",),
-    "vit": ("VisionTransformer",),
+    "attention.tiles": ("AttentionTile",),
+    "models.vit": ("VisionTransformer",),
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m vit_probe` is `vit-probe`."""
 
-from vit_probe.cli import main
+from vit_probe.cli.commands import main
 
 main()

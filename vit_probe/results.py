@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn, uint8
 
+from vit_probe.atomic_io import write_bytes
 from vit_probe.errors import InputError
-from vit_probe.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.analyses.small_models import write_photographs
-from vit_probe.terminal import run
+from vit_probe.cli.console import run
 
 CLASSES = ("across", "down", "plain")
 

@@ -15,7 +15,7 @@ import torch
 from analyses.attention_distance import NETWORKS, found, main
 from tests import reference
 from tests.analyses.conftest import typed
-from tests.models import expected_attention
+from tests.example_models import expected_attention
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, sample_photographs, save_model
 from vit_probe.measures.receptive_field import plain_stack, receptive_field
 

@@ -12,9 +12,9 @@ import torch
 
 from analyses.attention_entropy import found, main
 from tests.analyses.conftest import typed
-from tests.models import classifier, expected_attention
+from tests.example_models import classifier, expected_attention
 from vit_probe import load_model, sample_photographs, save_model
-from vit_probe.options import Format
+from vit_probe.cli.options import Format
 
 
 @pytest.fixture(scope="module")

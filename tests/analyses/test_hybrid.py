@@ -13,7 +13,7 @@ from analyses.hybrid import found, main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import attention_distances, write_model
-from tests.models import small_vit
+from tests.example_models import small_vit
 from vit_probe import InputError, Preprocessing, VisionTransformer, save_model
 
 

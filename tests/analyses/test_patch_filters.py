@@ -15,7 +15,7 @@ from scipy.fft import dctn
 from analyses.patch_filters import main
 from tests import reference
 from tests.analyses.conftest import typed
-from tests.models import small_vit
+from tests.example_models import small_vit
 from vit_probe import VisionTransformer, load_model, save_model
 
 

@@ -15,9 +15,9 @@ from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
 from tests.measures.test_representation_similarity import literal
 from vit_probe import VisionTransformer
-from vit_probe.images import read_image
-from vit_probe.options import Format
-from vit_probe.random_weights import random_weights
+from vit_probe.cli.options import Format
+from vit_probe.data.preprocessing import read_image
+from vit_probe.models.reinitialize import random_weights
 
 
 def blocks(model: VisionTransformer, folder: Path, count: int) -> list[np.ndarray]:

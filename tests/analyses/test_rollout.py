@@ -14,8 +14,8 @@ import torch
 from analyses import rollout
 from analyses.rollout import main
 from tests.analyses.conftest import typed
+from tests.example_models import classifier, expected_attention, small_vit
 from tests.measures.test_deletion import literal
-from tests.models import classifier, expected_attention, small_vit
 from tests.reference import rollout as literal_rollout
 from tests.reference import rollout_map
 from vit_probe import Preprocessing, VisionTransformer, sample_photographs, save_model

@@ -11,8 +11,8 @@ from PIL import Image
 
 from analyses.small_images import augment, mix, normalize, read_data
 from tests.analyses.conftest import CLASSES, picture, write_sheets
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
-from vit_probe.images import Preprocessing
 
 
 def pixels(count: int = 6, size: int = 16) -> torch.Tensor:

@@ -26,7 +26,7 @@ def test_killed_and_gone_on_with(
     arguments = [sheets, *SMALL, "--set", "epochs=8", "--set", "full_epochs=1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from analyses.train_demo import main; "
-    threads += "from vit_probe.terminal import command; command(main)()"
+    threads += "from vit_probe.cli.console import command; command(main)()"
     process = subprocess.Popen([sys.executable, "-c", threads, *map(str, arguments), "--out", str(killed)], cwd=ROOT)
     try:
         deadline = time.monotonic() + 120

@@ -14,7 +14,7 @@ import torch
 
 from analyses.trained_vs_random import found, main
 from tests.analyses.conftest import typed
-from tests.models import classifier
+from tests.example_models import classifier
 from vit_probe import (
     attention_entropy,
     attention_rollout,
@@ -25,9 +25,9 @@ from vit_probe import (
     sample_photographs,
     save_model,
 )
-from vit_probe.measures.filter_smoothness import low_frequency_share
-from vit_probe.options import Format
-from vit_probe.random_weights import random_weights
+from vit_probe.cli.options import Format
+from vit_probe.measures.patch_filters import low_frequency_share
+from vit_probe.models.reinitialize import random_weights
 from vit_probe.results import weights_sha256
 
 

@@ -19,7 +19,7 @@ from benchmarks.methods import METHODS, with_floors
 from benchmarks.models import Setting
 from benchmarks.report import make_row, side_by_side
 from vit_probe import InputError
-from vit_probe.geometry import TokenGrid
+from vit_probe.tokens.grid import TokenGrid
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

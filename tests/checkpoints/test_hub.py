@@ -23,9 +23,9 @@ from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import hub as hub_module
 from vit_probe.checkpoints import load_model
 from vit_probe.checkpoints.hub import fetch
-from vit_probe.config import ViTConfig
 from vit_probe.errors import InputError
-from vit_probe.vit import VisionTransformer
+from vit_probe.models.config import ViTConfig
+from vit_probe.models.vit import VisionTransformer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TINY = ViTConfig(image_size=48, patch_size=8, embed_dim=192, depth=1, num_heads=3, num_classes=7)

@@ -16,8 +16,8 @@ from sklearn.datasets import load_sample_image
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
 from vit_probe.checkpoints.huggingface_images import preprocessing
-from vit_probe.config import ViTConfig
 from vit_probe.errors import InputError
+from vit_probe.models.config import ViTConfig
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import Checkpoint, load_model
-from vit_probe.config import ResNetConfig, ViTConfig
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
-from vit_probe.images import Preprocessing
+from vit_probe.models.config import ResNetConfig, ViTConfig
+from vit_probe.models.vit import VisionTransformer
 from vit_probe.results import weights_sha256
-from vit_probe.vit import VisionTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
 
@@ -163,7 +163,7 @@ def test_code_in_a_checkpoint_is_never_run(zipped: bool, tmp_path: Path) -> None
     ):
         load_model(tmp_path / "exploit.pt")
     torch.save(VisionTransformer(TINY), tmp_path / "module.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"pickled code \(vit_probe\.vit\.VisionTransformer\)"):
+    with pytest.raises(InputError, match=r"pickled code \(vit_probe\.models\.vit\.VisionTransformer\)"):
         load_model(tmp_path / "module.pt")
     state = {"model": VisionTransformer(TINY).state_dict(), "args": argparse.Namespace(lr=0.1)}
     torch.save(state, tmp_path / "arguments.pth", _use_new_zipfile_serialization=zipped)

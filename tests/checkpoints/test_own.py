@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vit_probe import InputError, Preprocessing, VisionTransformer, ViTConfig, load_model, save_model
-from vit_probe.config import ResNetConfig
+from vit_probe.models.config import ResNetConfig
 
 CONFIGS = {
     "heads that the width does not tell": ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=192, depth=1, num_heads=6),

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.attention.test_hooks import leaves_nothing
+from tests.example_models import Assemble, output
 from tests.families import literal
 from tests.families.family import Family, Size
 from tests.families.multihead import without_fast_path
-from tests.models import Assemble, output
-from tests.test_hooks import leaves_nothing
 from vit_probe import attention_hooks, mean_attention_distance
 from vit_probe.measures.attention_distance import AttentionDistance, Prefix
-from vit_probe.survey import find_token_grid, survey
+from vit_probe.tokens.locate import find_token_grid, locate_tokens
 
 TOLERANCE = 1e-5
 # Largest difference of the outputs, in units of the output's largest magnitude.
@@ -91,7 +91,7 @@ class FamilyChecks:
         for size in family.sizes:
             model = family.model(size)
             with leaves_nothing(model):
-                found = survey(model, *size)
+                found = locate_tokens(model, *size)
             assert found.grid == family.grid(size) == find_token_grid(model, *size)
             assert (tuple(found.layers), found.skipped) == (family.layers, skipped(family, size))
             expected = family.windows(model, size)
@@ -102,8 +102,8 @@ class FamilyChecks:
                 assert windows.grid.patch_size == where.patch_size
                 assert windows.patches.equal(where.patches)
                 hidden = torch.zeros(*where.patches.shape, where.patches.shape[1], dtype=torch.bool)
-                assert (hidden if windows.masked is None else windows.masked).equal(
-                    hidden if where.masked is None else where.masked
+                assert (hidden if windows.masked_pairs is None else windows.masked_pairs).equal(
+                    hidden if where.masked_pairs is None else where.masked_pairs
                 )
 
     @pytest.mark.parametrize("prefix", ["renormalize", "drop"])
@@ -111,7 +111,7 @@ class FamilyChecks:
         size = family.sizes[0]
         model, images = family.model(), family.images()
         result = mean_attention_distance(model, images, prefix=prefix, batch_size=1)
-        by_tiles = AttentionDistance(family.grid(), prefix=prefix, windows=survey(model, *size).windows)
+        by_tiles = AttentionDistance(family.grid(), prefix=prefix, windows=locate_tokens(model, *size).windows)
         with torch.no_grad():
             unfused = family.unfused(model, images, family.layers)
             with attention_hooks(model, by_tiles, tile_bytes=3000):

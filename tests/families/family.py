@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoints.parity import randomize
-from tests.models import images
+from tests.example_models import images
 from vit_probe import TokenGrid
 
 Size = tuple[int, int]
@@ -36,14 +36,14 @@ class Placed:
         rows, cols: Patches of this layer.
         patch_size: Height and width of one, in pixels.
         patches: (window, token) number of the patch, counted row by row; -1 for padding.
-        masked: (window, query, key) what must not be seen; None where the layer has no mask.
+        masked_pairs: (window, query, key) what must not be seen; None where the layer has no mask.
     """
 
     rows: int
     cols: int
     patch_size: tuple[int, int]
     patches: Tensor
-    masked: Tensor | None = None
+    masked_pairs: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def attention_distance(attention: Tensor, where: Placed, prefix: Prefix) -> Dist
     """Of the softmax weights (window, head, query, key) of a layer, those of the first image's windows first."""
     weights = attention.detach().double().numpy()
     patches = where.patches.long().numpy()
-    hidden = np.zeros((*patches.shape, patches.shape[1]), bool) if where.masked is None else where.masked.numpy()
+    hidden = np.zeros((*patches.shape, patches.shape[1]), bool) if where.masked_pairs is None else where.masked_pairs.numpy()
     centres = reference.patch_centres(where.rows, where.cols, *where.patch_size)
     images, heads = len(weights) // len(patches), weights.shape[1]
     distance, mass = np.zeros((images, heads)), np.zeros((images, heads))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.example_models import output
 from tests.families.family import Unfused
-from tests.models import output
 
 
 @contextmanager

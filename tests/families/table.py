@@ -16,7 +16,7 @@ from tests.families import torch as torch_modules
 from tests.families.checks import TOLERANCE, deviation
 from tests.families.family import Family
 from vit_probe import InputError, attention_rollout, mean_attention_distance, patch_filters, position_similarity
-from vit_probe.survey import find_token_grid
+from vit_probe.tokens.locate import find_token_grid
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- families -->", "<!-- /families -->"

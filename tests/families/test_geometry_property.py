@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.checkpoints.parity import randomize
 from tests.families.torch import Encoder
 from vit_probe import InputError, TokenGrid
-from vit_probe.survey import find_token_grid, survey
+from vit_probe.tokens.locate import find_token_grid, locate_tokens
 
 
 class Generic(nn.Module):
@@ -137,7 +137,7 @@ def test_tokens_that_lie_otherwise_are_refused(arranged: type[Generic], size: tu
 def test_nor_does_a_given_grid_help(arranged: type[Generic], size: tuple[int, int]) -> None:
     grid = TokenGrid(size[0] // 8, size[1] // 8, (8, 8), 2, True)
     with pytest.raises(InputError):
-        survey(arranged(prefix=2), *size, grid=grid)
+        locate_tokens(arranged(prefix=2), *size, grid=grid)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tests.families.checks import FamilyChecks, PrecisionChecks
 from tests.families.family import Size
 from tests.families.timm import FAMILIES, TINY, swin
 from vit_probe import InputError, TokenGrid
-from vit_probe.survey import find_token_grid
+from vit_probe.tokens.locate import find_token_grid
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.example_models import transformers_vit
 from tests.families.checks import FamilyChecks, PrecisionChecks
 from tests.families.family import Size
 from tests.families.transformers import FAMILIES
-from tests.models import transformers_vit
 from vit_probe import TokenGrid
-from vit_probe.survey import find_token_grid, survey
+from vit_probe.tokens.locate import find_token_grid, locate_tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -30,7 +30,7 @@ def test_one_model_at_several_sizes_whose_edges_are_left_out(size: Size, rows: i
 @pytest.mark.parametrize(("size", "rows", "cols"), [((30, 46), 8, 12), ((29, 33), 8, 9)])
 def test_swin_pads_images_to_whole_patches(size: Size, rows: int, cols: int) -> None:
     swin = FAMILIES[-1]
-    found = survey(swin.model((48, 48)), *size)
+    found = locate_tokens(swin.model((48, 48)), *size)
     assert found.grid == TokenGrid(rows, cols, (4, 4), 0, False)
     for layer, where in swin.windows(swin.model((48, 48)), size).items():
         assert found.windows[layer].patches.equal(where.patches)

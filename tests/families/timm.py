@@ -16,8 +16,8 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from timm.models.vision_transformer_sam import window_partition as sam_window_partition
 from torch import Tensor, nn
 
+from tests.example_models import output
 from tests.families.family import Family, Placed, Size, Unfused, blocks, numbered, unnumbered
-from tests.models import output
 
 TINY: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5)
 

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.swin.modeling_swin import window_partition
 
+from tests.example_models import output, transformers_vit
 from tests.families.family import Family, Placed, Size, Unfused, blocks, numbered, unnumbered
-from tests.models import output, transformers_vit
 
 
 def unfused(model: nn.Module, images: Tensor, layers: tuple[str, ...]) -> Unfused:

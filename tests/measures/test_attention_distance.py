@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 
 from tests import reference
+from tests.example_models import FAMILIES, expected_attention, images, small_vit, swin
 from tests.measures.tiles import (
     FailsAfter,
     feed,
@@ -22,11 +23,10 @@ from tests.measures.tiles import (
     tilings,
     uniform_attention,
 )
-from tests.models import FAMILIES, expected_attention, images, small_vit, swin
 from vit_probe import InputError, TokenGrid, attention_hooks, load_result, mean_attention_distance
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult
-from vit_probe.run import AttentionRun
-from vit_probe.survey import survey
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.locate import locate_tokens
 
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 PREFIXES = ["renormalize", "drop"]
@@ -77,7 +77,7 @@ def test_models_of_every_family(name: str, prefix: str) -> None:
 @pytest.mark.parametrize("tiling", [dict(), dict(rows=1), dict(rows=5, heads=1), dict(images=2, rows=9), dict(batch_size=2)])
 def test_distances_that_are_not_kept(tiling: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large grid only those of a tile's queries are made, in memory that is used again."""
-    monkeypatch.setattr("vit_probe.measures.image_means._KEPT_DISTANCES", 0)
+    monkeypatch.setattr("vit_probe.measures.base.reduce._KEPT_DISTANCES", 0)
     attention = random_attention(GRID, heads=3)
     measure = AttentionDistance(GRID)
     for _ in range(2):
@@ -363,7 +363,7 @@ class _Only:
 def test_parts_of_windowed_images_are_merged() -> None:
     model, x = swin(), images(48, 48, batch=5)
     whole = mean_attention_distance(model, x, batch_size=5, device="cpu")
-    found = survey(model, 48, 48)
+    found = locate_tokens(model, 48, 48)
     measures = []
     for part in (x[:2], x[2:]):
         measure = AttentionDistance(found.grid, windows=found.windows)
@@ -383,7 +383,7 @@ def test_parts_of_windowed_images_are_merged() -> None:
 @pytest.mark.parametrize("tiles", [1, 2, 5])
 def test_a_windowed_pass_that_broke_off_leaves_nothing(tiles: int) -> None:
     model, x = swin(), images(48, 48, batch=3)
-    found = survey(model, 48, 48)
+    found = locate_tokens(model, 48, 48)
     measure = AttentionDistance(found.grid, windows=found.windows)
     with pytest.raises(RuntimeError, match="interrupted"), torch.no_grad():  # noqa: SIM117
         with attention_hooks(model, FailsAfter(measure, tiles), tile_bytes=2000):

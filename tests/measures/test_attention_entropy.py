@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests import reference
+from tests.example_models import FAMILIES, Assemble, expected_attention, images, small_vit, swin
 from tests.measures.tiles import (
     FailsAfter,
     feed,
@@ -24,12 +25,11 @@ from tests.measures.tiles import (
     tilings,
     uniform_attention,
 )
-from tests.models import FAMILIES, Assemble, expected_attention, images, small_vit, swin
 from vit_probe import InputError, TokenGrid, attention_entropy, attention_hooks, load_result
-from vit_probe.geometry import Windows
 from vit_probe.measures import AttentionDistance, AttentionEntropy, AttentionEntropyResult
-from vit_probe.run import AttentionRun
-from vit_probe.survey import survey
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import Windows
+from vit_probe.tokens.locate import locate_tokens
 
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 MEASURED = ["entropy", "std", "prefix_mass", "self_mass"]
@@ -245,8 +245,8 @@ def test_padded_windows_in_any_tiles(images: int, rows: int, heads: int, seed: i
 
 def test_shifted_windows_of_a_model() -> None:
     model, x = swin(), images(48, 48)
-    windows = survey(model, 48, 48).windows
-    assert any(one.masked is not None for one in windows.values())
+    windows = locate_tokens(model, 48, 48).windows
+    assert any(one.masked_pairs is not None for one in windows.values())
     with torch.no_grad(), attention_hooks(model, seen := Assemble()):
         model(x)
     result = attention_entropy(model, x, batch_size=2, device="cpu")

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests import reference
+from tests.example_models import FAMILIES, Largest, expected_attention, images, output, small_vit, swin
 from tests.measures.tiles import feed, grids, identity_attention, merged_shards, random_attention, tilings, uniform_attention
-from tests.models import FAMILIES, Largest, expected_attention, images, output, small_vit, swin
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_hooks, load_result
-from vit_probe.measure import Measure, PerImage
 from vit_probe.measures import AttentionRollout
 from vit_probe.measures.class_attention import ClassAttention, ClassAttentionResult, class_attention
 from vit_probe.measures.map_statistics import head_correlation, kept_mass_mask
-from vit_probe.run import AttentionRun
-from vit_probe.state import RunState, read_state, write_state
+from vit_probe.runner.protocol import Measure, PerImage
+from vit_probe.runner.resume import RunState, read_state, write_state
+from vit_probe.runner.run import AttentionRun
 
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vit_probe import InputError, load_result, patch_filters
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures import PatchFiltersResult
-from vit_probe.measures.convolution_filters import convolution_filters
+from vit_probe.measures.patch_filters import convolution_filters
 
 
 def network() -> nn.Module:

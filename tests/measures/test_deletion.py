@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from tests.models import FAMILIES, classifier, images, small_vit
+from tests.example_models import FAMILIES, classifier, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, VisionTransformer, load_result, sample_photographs
 from vit_probe.measures.deletion import DeletionResult, _pixels, deletion
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vit_probe import InputError, load_model, patch_filters
-from vit_probe.measures.filter_smoothness import low_frequency_share
+from vit_probe.measures.patch_filters import low_frequency_share
 
 
 def _cosine(rows: int, cols: int, down: int, across: int) -> NDArray[np.float64]:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.models import images, small_vit, swin, transformers_vit
+from tests.example_models import images, small_vit, swin, transformers_vit
 from vit_probe import InputError, attention_entropy, mean_attention_distance
 from vit_probe.measures import AttentionDistance, AttentionDistanceResult, AttentionEntropy, AttentionEntropyResult
 from vit_probe.measures.head_table import head_table
-from vit_probe.run import AttentionRun
+from vit_probe.runner.run import AttentionRun
 
 COLUMNS = [
     *("layer", "module", "head"),

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.models import Hungry, branches_side_by_side, classifier, images, swin, transformers_vit
-from tests.test_tokens import Plain
+from tests.example_models import Hungry, branches_side_by_side, classifier, images, swin, transformers_vit
+from tests.tokens.test_patch_tokens import Plain
 from vit_probe import (
     InputError,
     VisionTransformer,
@@ -24,8 +24,8 @@ from vit_probe import (
 )
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures.class_attention import class_attention
-from vit_probe.measures.filter_smoothness import low_frequency_share
 from vit_probe.measures.overview import Overview, overview
+from vit_probe.measures.patch_filters import low_frequency_share
 from vit_probe.measures.representation_similarity import representation_similarity
 from vit_probe.measures.token_norms import token_norms
 from vit_probe.plots.comparison import plot_comparison

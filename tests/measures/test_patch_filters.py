@@ -12,10 +12,10 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from tests import reference
-from tests.models import FAMILIES, small_vit
+from tests.example_models import FAMILIES, small_vit
 from vit_probe import InputError, load_result, patch_filters
-from vit_probe.config import ResNetConfig
 from vit_probe.measures import PatchFiltersResult
+from vit_probe.models.config import ResNetConfig
 from vit_probe.results import weights_sha256
 
 

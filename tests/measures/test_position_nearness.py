@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_probe import InputError, load_model, position_similarity
-from vit_probe.measures.position_nearness import position_nearness
+from vit_probe.measures.position_similarity import position_nearness
 
 
 def _literal(similarity: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests import reference
 from tests.checkpoints.parity import randomize
-from tests.models import FAMILIES, small_vit
+from tests.example_models import FAMILIES, small_vit
 from vit_probe import InputError, load_result, position_similarity
 from vit_probe.measures import PositionSimilarityResult
 

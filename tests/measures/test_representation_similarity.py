@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.models import FAMILIES, Hungry, images, small_vit, swin
-from tests.test_hidden import Tokens, run
+from tests.example_models import FAMILIES, Hungry, images, small_vit, swin
+from tests.tokens.test_hidden_states import Tokens, run
 from vit_probe import InputError, Preprocessing, load_result
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures.hsic import centred_pairs, inner_products
@@ -24,7 +24,7 @@ from vit_probe.measures.representation_similarity import (
     RepresentationSimilarityResult,
     representation_similarity,
 )
-from vit_probe.run import AttentionRun
+from vit_probe.runner.run import AttentionRun
 
 NAMES = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 

@@ -16,18 +16,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import reference
+from tests.example_models import FAMILIES, Assemble, Largest, expected_attention, images, small_vit
 from tests.measures.tiles import FailsAfter, feed, grids, identity_attention, random_attention, tilings, uniform_attention
-from tests.models import FAMILIES, Assemble, Largest, expected_attention, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_hooks, attention_rollout, load_result
-from vit_probe.measures import AttentionRollout, AttentionRolloutResult, rollout_ways
-from vit_probe.measures.rollout_ways import Way, cheapest_way
-from vit_probe.run import AttentionRun
-from vit_probe.tiles import AttentionInputs, TiledAttention
+from vit_probe.attention.tiles import AttentionInputs, TiledAttention
+from vit_probe.measures import AttentionRollout, AttentionRolloutResult, rollout_algorithms
+from vit_probe.measures.rollout_algorithms import Algorithm, cheapest_algorithm
+from vit_probe.runner.run import AttentionRun
 
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 BARE = TokenGrid(3, 4, (8, 6), 1, False)
 FUSIONS = ["mean", "max", "min"]
-WAYS: tuple[Way, ...] = ("product", "maps", "recomputed")
+WAYS: tuple[Algorithm, ...] = ("product", "maps", "recomputed")
 
 
 def expected(attention: np.ndarray, grid: TokenGrid, fusion: str = "mean", ratio: float = 0.0) -> np.ndarray:
@@ -76,16 +76,16 @@ def test_models_of_every_family_in_every_way(name: str, monkeypatch: pytest.Monk
             slow = expected(attention, family.grid, measure.head_fusion, measure.discard_ratio)
             np.testing.assert_allclose(result.maps, slow, rtol=0, atol=1e-6)
             assert result.maps.std(axis=(1, 2)).min() > 1e-3
-            assert result.way == way
+            assert result.algorithm == way
 
 
 @pytest.mark.parametrize(
     ("width", "size", "way"), [(24, (24, 24), "product"), (16, (24, 24), "maps"), (4, (40, 36), "recomputed")]
 )
-def test_the_way_is_chosen_by_tokens_and_width(width: int, size: tuple[int, int], way: Way) -> None:
+def test_the_way_is_chosen_by_tokens_and_width(width: int, size: tuple[int, int], way: Algorithm) -> None:
     model, x = small_vit(embed_dim=width), images(*size)
     result = attention_rollout(model, x, device="cpu")
-    assert result.way == way
+    assert result.algorithm == way
     np.testing.assert_allclose(result.maps, expected(expected_attention(model, x), model.token_grid(*size)), rtol=0, atol=1e-6)
 
 
@@ -222,9 +222,9 @@ def test_non_square_images() -> None:
 # The three ways
 
 
-def go(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def go(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has every rollout go this way."""
-    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_way", lambda inputs: way)
+    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_algorithm", lambda inputs: way)
 
 
 class Layers(nn.Module):
@@ -275,14 +275,14 @@ def inputs_of(heads: int, tokens: int, dim: int, *, biased: bool = False) -> Att
         (12, 4097, "recomputed"),
     ],
 )
-def test_the_cheapest_way_by_size(heads: int, tokens: int, way: Way) -> None:
-    assert cheapest_way(inputs_of(heads, tokens, 64)) == way
-    assert cheapest_way(inputs_of(heads, tokens, 64, biased=True)) == ("maps" if way == "recomputed" else way)
+def test_the_cheapest_way_by_size(heads: int, tokens: int, way: Algorithm) -> None:
+    assert cheapest_algorithm(inputs_of(heads, tokens, 64)) == way
+    assert cheapest_algorithm(inputs_of(heads, tokens, 64, biased=True)) == ("maps" if way == "recomputed" else way)
 
 
 @pytest.mark.parametrize("grid", [GRID, BARE, TokenGrid(3, 4, (8, 6), 0, False)], ids=["class token", "register", "bare"])
 @pytest.mark.parametrize("way", WAYS)
-def test_batches_one_after_the_other(way: Way, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_one_after_the_other(way: Algorithm, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     q, k = queries_and_keys(grid)
     slow = expected(literal(q, k), grid)
@@ -294,7 +294,7 @@ def test_batches_one_after_the_other(way: Way, grid: TokenGrid, monkeypatch: pyt
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("biased", [(1,), (0, 2), (0, 1, 2)])
-def test_layers_with_a_bias_are_never_recomputed(way: Way, biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_a_bias_are_never_recomputed(way: Algorithm, biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask may leave a query nothing, so that rows of A need not sum to 1 before they are divided."""
     go(way, monkeypatch)
     q, k = queries_and_keys(GRID)
@@ -312,7 +312,7 @@ def test_layers_with_a_bias_are_never_recomputed(way: Way, biased: tuple[int, ..
 @pytest.mark.parametrize("tile_bytes", [1, 60, 500, 1500, 1 << 20])
 def test_tiles_of_any_size_are_recomputed(fusion: str, ratio: float, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     go("recomputed", monkeypatch)
-    monkeypatch.setattr(rollout_ways, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(rollout_algorithms, "TILE_BYTES", tile_bytes)
     q, k = queries_and_keys(GRID, batch=2, heads=3)
     measure = WithoutTiles(GRID, head_fusion=fusion, discard_ratio=ratio)
     with attention_hooks(model := Layers(), measure):
@@ -332,7 +332,7 @@ def test_of_the_last_layer_only_what_is_read_is_recomputed(
             return super().__call__(inputs, *others)
 
     go("recomputed", monkeypatch)
-    monkeypatch.setattr(rollout_ways, "TiledAttention", Recording)
+    monkeypatch.setattr(rollout_algorithms, "TiledAttention", Recording)
     q, k = queries_and_keys(grid, batch=2)
     with attention_hooks(model := Layers(), measure := WithoutTiles(grid)):
         model(q, k)
@@ -343,7 +343,7 @@ def test_of_the_last_layer_only_what_is_read_is_recomputed(
 
 @pytest.mark.parametrize(("fusion", "matrices"), [("mean", 1 / 4), ("max", 1)])
 def test_recomputing_holds_queries_and_keys_only(fusion: str, matrices: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_ways, "TILE_BYTES", 1 << 16)
+    monkeypatch.setattr(rollout_algorithms, "TILE_BYTES", 1 << 16)
     grid = TokenGrid(16, 32, (4, 4), 0, False)
     q, k = (tensor.clone() for tensor in queries_and_keys(grid, batch=2))
     measure = WithoutTiles(grid, head_fusion=fusion)
@@ -351,7 +351,7 @@ def test_recomputing_holds_queries_and_keys_only(fusion: str, matrices: float, m
         model(q, k)
         assert largest.nbytes <= q.nbytes < 512 * 512 * 4 / 8
         result = measure.compute()
-    assert result.way == "recomputed"  # by itself
+    assert result.algorithm == "recomputed"  # by itself
     assert largest.nbytes <= matrices * 512 * 512 * 4
 
 
@@ -378,18 +378,18 @@ def test_four_thousand_tokens() -> None:
     row = (second[0] + torch.eye(1, 4097, dtype=torch.float64)[0]) / 2
     row = (row @ first + row) / 2
     result = measure.compute()
-    assert result.way == "recomputed"
+    assert result.algorithm == "recomputed"
     np.testing.assert_allclose(result.maps.ravel(), row[1:], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_way_is_told(way: Way, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_is_told(way: Algorithm, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     model = small_vit()
     result = attention_rollout(model, images(), device="cpu")
-    assert result.way == way
+    assert result.algorithm == way
     again = load_result(result.save(tmp_path / "rollout.safetensors"))
-    assert again.way == way
+    assert again.algorithm == way
     grid = model.token_grid(24, 24)
     with torch.no_grad(), attention_hooks(model, measure := AttentionRollout(grid)):
         model(images())
@@ -398,12 +398,12 @@ def test_the_way_is_told(way: Way, tmp_path, monkeypatch: pytest.MonkeyPatch) ->
     merged.merge(measure)
     measure.merge(AttentionRollout(grid))
     for other in (restored, merged, measure):
-        assert other.compute().way == way
+        assert other.compute().algorithm == way
         np.testing.assert_array_equal(other.compute().maps, result.maps)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_shards_of_any_way_are_put_in_order(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_any_way_are_put_in_order(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     q, k = queries_and_keys(GRID)
     shards = [AttentionRollout(GRID), AttentionRollout(GRID)]
@@ -432,7 +432,7 @@ class BreaksOff:
 
 @pytest.mark.parametrize("taken_back", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_an_interrupted_pass_in_every_way(way: Way, taken_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pass_in_every_way(way: Algorithm, taken_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     model, measure, (q, k) = Layers(), AttentionRollout(GRID), queries_and_keys(GRID)
     for failing in (True, False):
@@ -449,7 +449,7 @@ def test_an_interrupted_pass_in_every_way(way: Way, taken_back: bool, monkeypatc
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_half_precision_and_autocast_in_every_way(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_and_autocast_in_every_way(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the model's own queries and keys are rounded, not what is computed of them; `compute` may be called in autocast."""
     go(way, monkeypatch)
     q, k = queries_and_keys(GRID).bfloat16()
@@ -464,7 +464,7 @@ def test_half_precision_and_autocast_in_every_way(way: Way, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_and_inference_mode_in_every_way(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_and_inference_mode_in_every_way(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     model, x = small_vit(), images()
     grid = model.token_grid(24, 24)
@@ -478,7 +478,7 @@ def test_gradients_and_inference_mode_in_every_way(way: Way, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_beside_an_observer_that_wants_tiles(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_an_observer_that_wants_tiles(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     q, k = queries_and_keys(GRID)
     with attention_hooks(model := Layers(), measure := AttentionRollout(GRID), seen := Assemble(), tile_bytes=900):
@@ -488,7 +488,7 @@ def test_beside_an_observer_that_wants_tiles(way: Way, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_other_tokens_than_the_grids_in_every_way(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tokens_than_the_grids_in_every_way(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14"):  # noqa: SIM117
         with attention_hooks(model := Layers(), AttentionRollout(GRID)):
@@ -604,12 +604,12 @@ def test_shards_of_models_of_another_depth() -> None:
 
 
 def test_a_batch_is_not_lost_where_its_rows_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_way", lambda inputs: "maps")
+    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_algorithm", lambda inputs: "maps")
     measure = AttentionRollout(TokenGrid(3, 4, (8, 8), 1, True))
     with torch.no_grad(), attention_hooks(model := small_vit(), measure):
         model(images())
     with monkeypatch.context() as failing:
-        failing.setattr("vit_probe.measures.rollout_ways.Backwards.rows", lambda self, weights: 1 / 0)
+        failing.setattr("vit_probe.measures.rollout_algorithms.RightToLeft.rows", lambda self, weights: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             measure.compute()
     assert len(measure.compute().maps) == 3

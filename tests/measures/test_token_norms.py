@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from tests.models import FAMILIES, images, small_vit, swin
-from tests.test_hidden import Tokens, run
+from tests.example_models import FAMILIES, images, small_vit, swin
+from tests.tokens.test_hidden_states import Tokens, run
 from vit_probe import InputError, load_result
 from vit_probe.measures.token_norms import TokenNorms, TokenNormsResult, token_norms
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from vit_probe.errors import InputError
-from vit_probe.plots.attention_distances import plot_attention_distances
+from vit_probe.plots.attention_distance import plot_attention_distances
 
 
 def _several(frame: pd.DataFrame, count: int) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tests.plots.layout import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import FORMATS, plot_patch_filters, save_figure
-from vit_probe.plots.filter_panels import plot_filter_panels
+from vit_probe.plots.patch_filters import plot_filter_panels
 
 
 def _filters(count: int = 28, size: int = 8, seed: int = 0) -> NDArray[np.float64]:

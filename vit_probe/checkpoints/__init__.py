@@ -21,8 +21,8 @@ from vit_probe.checkpoints.libraries import timm as timm_models
 from vit_probe.checkpoints.libraries import torchvision as torchvision_models
 from vit_probe.checkpoints.libraries import transformers as transformers_models
 from vit_probe.checkpoints.own import read_own, save_model
-from vit_probe.config import check_fields
 from vit_probe.errors import InputError, UnsupportedArchitecture
+from vit_probe.models.config import check_fields
 
 __all__ = ["Checkpoint", "load_model", "save_model"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vit_probe.config import ViTConfig, as_pair
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
-from vit_probe.images import Preprocessing
-from vit_probe.vit import VisionTransformer
+from vit_probe.models.config import ViTConfig, as_pair
+from vit_probe.models.vit import VisionTransformer
 
 __all__ = ["Checkpoint", "check_finite", "usual_preprocessing"]
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vit_probe.config import ViTConfig, as_pair
+from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 from vit_probe.errors import InputError
-from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
+from vit_probe.models.config import ViTConfig, as_pair
 
 __all__ = ["from_settings", "preprocessing"]
 

@@ -10,12 +10,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from vit_probe.atomic_io import write_bytes
 from vit_probe.checkpoints.checkpoint import Checkpoint
-from vit_probe.config import ResNetConfig, ViTConfig, check_fields
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
-from vit_probe.files import write_bytes
-from vit_probe.images import Preprocessing
-from vit_probe.vit import VisionTransformer
+from vit_probe.models.config import ResNetConfig, ViTConfig, check_fields
+from vit_probe.models.vit import VisionTransformer
 
 __all__ = ["read_own", "save_model"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vit_probe.config import ResNetConfig, ViTConfig, as_pair
 from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
+from vit_probe.models.config import ResNetConfig, ViTConfig, as_pair
 
 __all__ = ["config_from_shapes"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.renaming import rename
 from vit_probe.checkpoints.shapes import config_from_shapes
+from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 from vit_probe.errors import InputError, UnsupportedArchitecture
-from vit_probe.images import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 
 __all__ = ["from_state", "is_layout", "preprocessing"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.renaming import rename
 from vit_probe.checkpoints.shapes import config_from_shapes
-from vit_probe.config import as_pair
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
-from vit_probe.images import Preprocessing
+from vit_probe.models.config import as_pair
 
 __all__ = ["from_state", "is_layout"]
 

@@ -3,15 +3,12 @@
 from vit_probe.measures.attention_distance import AttentionDistance, AttentionDistanceResult, mean_attention_distance
 from vit_probe.measures.attention_entropy import AttentionEntropy, AttentionEntropyResult, attention_entropy
 from vit_probe.measures.class_attention import ClassAttention, ClassAttentionResult, class_attention
-from vit_probe.measures.convolution_filters import convolution_filters
 from vit_probe.measures.deletion import DeletionResult, deletion
-from vit_probe.measures.filter_smoothness import low_frequency_share
 from vit_probe.measures.head_table import head_table
 from vit_probe.measures.map_statistics import head_correlation, kept_mass_mask, map_correlation
 from vit_probe.measures.overview import Overview, overview
-from vit_probe.measures.patch_filters import PatchFiltersResult, patch_filters
-from vit_probe.measures.position_nearness import position_nearness
-from vit_probe.measures.position_similarity import PositionSimilarityResult, position_similarity
+from vit_probe.measures.patch_filters import PatchFiltersResult, convolution_filters, low_frequency_share, patch_filters
+from vit_probe.measures.position_similarity import PositionSimilarityResult, position_nearness, position_similarity
 from vit_probe.measures.receptive_field import ARCHITECTURES, ReceptiveFieldResult, SlidingLayer, plain_stack, receptive_field
 from vit_probe.measures.representation_similarity import (
     RepresentationSimilarity,

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, Windows
-from vit_probe.images import Preprocessing
-from vit_probe.measures.image_means import PatchQueries, RowDots
-from vit_probe.measures.per_head import PerHead, head_frame, layer_summary
+from vit_probe.measures.base.per_head import PerHead, head_frame, layer_summary
+from vit_probe.measures.base.reduce import PatchQueries, RowDots
 from vit_probe.results import Result
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import TokenGrid, Windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,10 +138,10 @@ class AttentionDistance(PerHead):
     Args:
         grid: Where the patches lie.
         prefix: See `mean_attention_distance`.
-        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.survey.survey`.
+        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.tokens.locate.survey`.
     """
 
-    what = "attention distances"
+    display_name = "attention distances"
 
     def __init__(
         self, grid: TokenGrid, *, prefix: Prefix = "renormalize", windows: Mapping[int, Windows] | None = None
@@ -184,7 +184,7 @@ class _DistanceAndMass:
         self._prefix = prefix
         self._dots = RowDots()
 
-    def of(self, queries: PatchQueries) -> tuple[Tensor, Tensor]:
+    def per_query(self, queries: PatchQueries) -> tuple[Tensor, Tensor]:
         mass = queries.attention.sum(dim=-1)
         return self._dots(queries.attention, queries.distances(), disposable=queries.disposable), mass
 

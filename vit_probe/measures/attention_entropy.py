@@ -11,14 +11,14 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, Windows
-from vit_probe.images import Preprocessing
-from vit_probe.measures.image_means import PatchQueries, RowDots
-from vit_probe.measures.per_head import PerHead, head_frame, layer_summary
+from vit_probe.measures.base.per_head import PerHead, head_frame, layer_summary
+from vit_probe.measures.base.reduce import PatchQueries, RowDots
 from vit_probe.results import Result
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import TokenGrid, Windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,10 +122,10 @@ class AttentionEntropy(PerHead):
 
     Args:
         grid: Where the patches lie.
-        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.survey.survey`.
+        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.tokens.locate.survey`.
     """
 
-    what = "attention entropies"
+    display_name = "attention entropies"
     wants_scores = True
 
     def __init__(self, grid: TokenGrid, *, windows: Mapping[int, Windows] | None = None) -> None:
@@ -166,7 +166,7 @@ class _Entropy:
     def __init__(self) -> None:
         self._dots = RowDots()
 
-    def of(self, queries: PatchQueries) -> tuple[Tensor, ...]:
+    def per_query(self, queries: PatchQueries) -> tuple[Tensor, ...]:
         weights, scores = queries.probabilities, queries.scores
         if scores is None:
             raise InputError("entropy needs the scores of each tile, which observers with wants_scores = True are shown")
@@ -174,7 +174,7 @@ class _Entropy:
         entropy = -self._dots(scores, weights, disposable=queries.disposable) - largest.log()
         others = weights.shape[-1] - queries.attention.shape[-1]
         on_prefix = weights[..., :others] if others else weights - queries.attention
-        itself = weights.diagonal(offset=queries.itself.start, dim1=-2, dim2=-1)
+        itself = weights.diagonal(offset=queries.query_index.start, dim1=-2, dim2=-1)
         return entropy.masked_fill(largest == 0, 0), on_prefix.sum(dim=-1), itself
 
     def values(self, sums: Float[Tensor, "3 image head query"]) -> Float[Tensor, "3 image head query"]:

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.attention.tiles import TILE_BYTES, AttentionInputs, AttentionTile, TiledAttention
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, Windows
-from vit_probe.images import Preprocessing
-from vit_probe.measures.image_maps import SHOWN_IMAGES, ImageMaps
+from vit_probe.measures.base.per_image import SHOWN_IMAGES, PerImageMaps
 from vit_probe.measures.map_statistics import head_correlation, kept_mass_mask, map_correlation
 from vit_probe.results import Result
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
-from vit_probe.tiles import TILE_BYTES, AttentionInputs, AttentionTile, TiledAttention
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import TokenGrid, Windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def class_attention(
     return measure.compute(run.provenance(measure.options), names=run.images.names, images=run.images.kept())
 
 
-class ClassAttention(ImageMaps):
+class ClassAttention(PerImageMaps):
     """The streaming measure behind `class_attention`; an observer for `attention_hooks`.
 
     Args:
@@ -148,7 +148,7 @@ class ClassAttention(ImageMaps):
         InputError: If there is no class token, there are such layers, or `layer` is none of the model's.
     """
 
-    what = "maps of the class token's attention"
+    display_name = "maps of the class token's attention"
 
     def __init__(
         self,

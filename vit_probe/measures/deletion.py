@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vit_probe.attention.intercept import evaluated
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images, ImageStream
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, first_parameter
-from vit_probe.images import Preprocessing
-from vit_probe.measures.moments import Moments
+from vit_probe.measures.base.running_stats import RunningStats
 from vit_probe.results import Result, check_finite, software_versions
-from vit_probe.routing import evaluated
-from vit_probe.run import model_provenance
-from vit_probe.stream import Images, ImageStream
-from vit_probe.survey import find_token_grid
+from vit_probe.runner.run import model_provenance
+from vit_probe.tokens.grid import TokenGrid, first_parameter
+from vit_probe.tokens.locate import find_token_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ class DeletionResult(Result):
         95 % confidence interval of that difference.
         """
         area = self.area
-        below = Moments.of(area[[RANDOM]].to_numpy() - area.to_numpy())
+        below = RunningStats.from_samples(area[[RANDOM]].to_numpy() - area.to_numpy())
         columns = {"area": area.mean().to_numpy(), "below random": below.mean, "confidence": below.confidence()}
         return pd.DataFrame({"order": self.orders} | columns)
 

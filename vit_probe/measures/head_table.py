@@ -7,7 +7,7 @@ import pandas as pd
 from vit_probe.errors import InputError
 from vit_probe.measures.attention_distance import AttentionDistanceResult
 from vit_probe.measures.attention_entropy import AttentionEntropyResult
-from vit_probe.state import differing
+from vit_probe.runner.resume import differing
 
 __all__ = ["head_table"]
 

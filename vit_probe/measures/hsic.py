@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vit_probe.measures.image_means import wide
+from vit_probe.measures.base.reduce import wide
 
 __all__ = ["FEWEST", "centred_pairs", "inner_products"]
 

@@ -17,7 +17,7 @@ _EVEN = 1e-6  # of its size: attention in float32 tells no finer
 
 
 def kept_mass_mask(maps: Float[np.ndarray, "*maps row col"], mass: float = 0.6) -> Bool[np.ndarray, "*maps row col"]:
-    """The fewest patches that hold a part of each map: the largest values, until their sum reaches it.
+    """The min_batch_size patches that hold a part of each map: the largest values, until their sum reaches it.
 
     The part is of the map's own sum, so that attention on prefix tokens does not count. Of equal values those come first that
     are further up, then further left. A map of zeros keeps no patch.

@@ -13,23 +13,26 @@ import pandas as pd
 from jaxtyping import Float
 from torch import nn
 
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError, TokensNotSeen
-from vit_probe.images import Preprocessing
 from vit_probe.measures.attention_distance import AttentionDistance, AttentionDistanceResult
 from vit_probe.measures.attention_entropy import AttentionEntropy, AttentionEntropyResult
+from vit_probe.measures.base.per_image import SHOWN_IMAGES
 from vit_probe.measures.class_attention import ClassAttention, ClassAttentionResult
-from vit_probe.measures.filter_smoothness import low_frequency_share
-from vit_probe.measures.image_maps import SHOWN_IMAGES
 from vit_probe.measures.map_statistics import head_correlation, map_correlation
-from vit_probe.measures.patch_filters import PatchFiltersResult, patch_filters
-from vit_probe.measures.position_nearness import patches_apart, position_nearness
-from vit_probe.measures.position_similarity import PositionSimilarityResult, position_similarity
+from vit_probe.measures.patch_filters import PatchFiltersResult, low_frequency_share, patch_filters
+from vit_probe.measures.position_similarity import (
+    PositionSimilarityResult,
+    patches_apart,
+    position_nearness,
+    position_similarity,
+)
 from vit_probe.measures.representation_similarity import RepresentationSimilarity, RepresentationSimilarityResult
 from vit_probe.measures.rollout import AttentionRollout, AttentionRolloutResult
 from vit_probe.measures.token_norms import TokenNorms, TokenNormsResult
 from vit_probe.results import Result
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
+from vit_probe.runner.run import AttentionRun
 
 __all__ = ["Overview", "overview"]
 

@@ -12,18 +12,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_probe.config import as_pair
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, input_channels, read_patch_size
+from vit_probe.models.config import as_pair
 from vit_probe.results import Result, check_finite, software_versions
-from vit_probe.run import model_provenance
-from vit_probe.survey import survey
-from vit_probe.tokens import patch_tokens
+from vit_probe.runner.run import model_provenance
+from vit_probe.tokens.grid import TokenGrid, input_channels, read_patch_size
+from vit_probe.tokens.hidden_states import patch_tokens
+from vit_probe.tokens.locate import locate_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PositionSimilarityResult", "position_similarity"]
+__all__ = [
+    "PositionSimilarityResult",
+    "patches_apart",
+    "position_nearness",
+    "position_similarity",
+]
+
 
 _ALIKE = 1e-4  # of the tokens' size: smaller differences are rounding
 _MOST_PREFIX = 16  # entries that a table may hold for prefix tokens
@@ -148,7 +154,7 @@ def _constant_image_tokens(
             "constant image to be shown to it"
         )
     height, width = as_pair(size, "image_size")
-    found = survey(model, height, width)
+    found = locate_tokens(model, height, width)
     depth = len(found.layers)
     after_layers = (depth + 1) // 2 if after_layers is None else after_layers
     if not 0 <= after_layers <= depth:
@@ -177,7 +183,7 @@ def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, 
     patch_size = read_patch_size(model)
     rows, cols = (length // patch for length, patch in zip(as_pair(size, "image_size"), patch_size, strict=True))
     flat = [table.reshape(-1, table.shape[-1]) for table in tables]
-    # Of several tables (one of a text tower, say) the one with fewest entries beyond those of the patches.
+    # Of several tables (one of a text tower, say) the one with min_batch_size entries beyond those of the patches.
     table = min(flat, key=lambda table: (len(table) < rows * cols, abs(len(table) - rows * cols)))
     if not 0 <= len(table) - rows * cols <= _MOST_PREFIX:
         raise InputError(
@@ -185,3 +191,40 @@ def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, 
             "patches; pass image_size= (and after_layers=) to compare the tokens of a constant image instead"
         )
     return table[len(table) - rows * cols :], rows, cols
+
+
+def patches_apart(rows: int, cols: int) -> Float[np.ndarray, "patch patch"]:
+    """How far the centres of any two patches of a grid lie apart, counted in patches; patches row by row."""
+    places = np.indices((rows, cols)).reshape(2, -1).T
+    return np.asarray(np.linalg.norm(places[:, None] - places[None], axis=-1))
+
+
+def position_nearness(similarity: Float[np.ndarray, "row col row col"]) -> float:
+    """Correlation (Pearson) of the similarity of two patches' positions with how far they lie apart.
+
+    Over all pairs of different patches, distances between their centres counted in patches. Below 0 where near patches are
+    more alike than distant ones, 0 where positions tell nothing of nearness, -1 only where similarity falls along a straight
+    line. The ViT paper shows maps and gives no number; this one is a definition of this package.
+
+    Args:
+        similarity: As `position_similarity` gives it.
+
+    Raises:
+        InputError: If the shape is another, or no two pairs differ in similarity or in distance.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5, figure 7 (centre) and figure 10, for the maps.
+    """
+    values = np.asarray(similarity, dtype=np.float64)
+    if values.ndim != 4 or values.shape[:2] != values.shape[2:]:
+        raise InputError(f"similarity has shape {values.shape}; it must be (row, col, row, col), the same grid twice")
+    rows, cols = values.shape[:2]
+    pairs = ~np.eye(rows * cols, dtype=bool)
+    apart = patches_apart(rows, cols)[pairs]
+    alike = values.reshape(rows * cols, -1)[pairs]
+    if not (len(apart) and np.ptp(apart) > 0 and np.ptp(alike) > 0):
+        raise InputError(
+            f"all pairs of the {rows} x {cols} patches are equally far apart or equally alike; "
+            "a correlation needs pairs that differ in both"
+        )
+    return float(np.corrcoef(apart, alike)[0, 1])

@@ -11,14 +11,14 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
-from vit_probe.images import Preprocessing
+from vit_probe.measures.base.hidden_states import HiddenStateMeasure
 from vit_probe.measures.hsic import FEWEST, centred_pairs, inner_products
-from vit_probe.measures.of_tokens import OfTokens
 from vit_probe.results import Result, check_finite
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import TokenGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +161,7 @@ def check_same_images(run: AttentionRun, other: AttentionRun) -> None:
         )
 
 
-class RepresentationSimilarity(OfTokens):
+class RepresentationSimilarity(HiddenStateMeasure):
     """The streaming measure behind `representation_similarity`.
 
     It keeps sums over batches for all pairs of layers. To be compared with another model's measure, it also keeps the centred
@@ -172,8 +172,8 @@ class RepresentationSimilarity(OfTokens):
         keep: Whether to keep what a comparison with another model needs.
     """
 
-    what = "representation similarities"
-    fewest = FEWEST
+    display_name = "representation similarities"
+    min_batch_size = FEWEST
 
     def __init__(self, modules: Sequence[str], *, keep: bool = False) -> None:
         super().__init__(modules)

@@ -11,15 +11,23 @@ import pandas as pd
 import torch
 from torch import nn
 
+from vit_probe.attention.tiles import AttentionInputs, AttentionTile
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid, Windows
-from vit_probe.images import Preprocessing
-from vit_probe.measures.image_maps import SHOWN_IMAGES, ImageMaps
-from vit_probe.measures.rollout_ways import Backwards, FusedMaps, HeadFusion, Product, RolloutWay, Way, cheapest_way
+from vit_probe.measures.base.per_image import SHOWN_IMAGES, PerImageMaps
+from vit_probe.measures.rollout_algorithms import (
+    Algorithm,
+    FusedMaps,
+    HeadFusion,
+    Product,
+    RightToLeft,
+    RolloutAlgorithm,
+    cheapest_algorithm,
+)
 from vit_probe.results import Result
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
-from vit_probe.tiles import AttentionInputs, AttentionTile
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import TokenGrid, Windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +47,7 @@ class AttentionRolloutResult(Result):
         names: Name of each image.
         head_fusion: How the heads of a layer became one.
         discard_ratio: Part of each layer's entries set to zero.
-        way: How it was computed, which changes nothing but rounding (and which of nearly equal entries are set to zero); see
+        algorithm: How it was computed, which changes nothing but rounding (and which of nearly equal entries are set to zero); see
             `attention_rollout`.
     """
 
@@ -48,7 +56,7 @@ class AttentionRolloutResult(Result):
     names: list[str]
     head_fusion: HeadFusion
     discard_ratio: float
-    way: Way
+    algorithm: Algorithm
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a patch of an image: image, name, row, col, rollout."""
@@ -88,7 +96,7 @@ def attention_rollout(
     R over the patches. Where there is no class token, the mean of the patches' rows. Every image is computed by itself,
     whatever its batch.
 
-    With few tokens the product is formed while the model runs (the result's `way` is `product`). Where there are more than 3/4
+    With few tokens the product is formed while the model runs (the result's `algorithm` is `product`). Where there are more than 3/4
     as many tokens as the model is wide, each layer's A is kept, and the class token's row goes back through them at the end
     (`maps`). Where there are more than 4 times as many, only queries and keys are kept, and A is made again tile by tile
     (`recomputed`; for `max`, `min` and discarding one whole A at a time); not where attention has a bias. What is
@@ -122,7 +130,7 @@ def attention_rollout(
     return measure.compute(provenance, names=run.images.names, images=run.images.kept())
 
 
-class AttentionRollout(ImageMaps):
+class AttentionRollout(PerImageMaps):
     """The streaming measure behind `attention_rollout`; an observer for `attention_hooks`.
 
     Args:
@@ -135,7 +143,7 @@ class AttentionRollout(ImageMaps):
         InputError: If an option is unknown, or there are such layers.
     """
 
-    what = "rollouts"
+    display_name = "rollouts"
 
     def __init__(
         self,
@@ -158,8 +166,8 @@ class AttentionRollout(ImageMaps):
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio
         self._depths: set[int] = set()  # layers of the batches so far; there must be but one number
-        self._way: Way = "product"
-        self._batch: RolloutWay = Product()  # the current one
+        self._algorithm: Algorithm = "product"
+        self._batch: RolloutAlgorithm = Product()  # the current one
         self._fused = self._fuse()
 
     @property
@@ -171,8 +179,8 @@ class AttentionRollout(ImageMaps):
         self.grid.check_tokens(inputs.key.shape[-2])
         if inputs.layer == 0:
             self._finish_batch()
-            self._way = cheapest_way(inputs)
-            self._batch = Product() if self._way == "product" else Backwards(self._way, self._fuse)
+            self._algorithm = cheapest_algorithm(inputs)
+            self._batch = Product() if self._algorithm == "product" else RightToLeft(self._algorithm, self._fuse)
         return self._batch.begin_layer(inputs)
 
     def update(self, tile: AttentionTile) -> None:
@@ -191,13 +199,13 @@ class AttentionRollout(ImageMaps):
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here: arrays, and what JSON can hold."""
-        return super().state() | {"depths": sorted(self._depths), "way": self._way}
+        return super().state() | {"depths": sorted(self._depths), "algorithm": self._algorithm}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state` was taken, of a measure with the same grid and options."""
         super().restore(state)
         self._depths = set(state["depths"])
-        self._way = state["way"]
+        self._algorithm = state["algorithm"]
 
     def merge(self, other: Self) -> None:
         """Appends the maps of `other`.
@@ -208,7 +216,7 @@ class AttentionRollout(ImageMaps):
         super().merge(other)
         self._depths |= other._depths
         if len(self._maps) == len(other._maps):  # it had none of its own
-            self._way = other._way
+            self._algorithm = other._algorithm
 
     def compute(
         self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None
@@ -225,7 +233,7 @@ class AttentionRollout(ImageMaps):
             **self._result(provenance, names, images),
             head_fusion=self.head_fusion,
             discard_ratio=self.discard_ratio,
-            way=self._way,
+            algorithm=self._algorithm,
         )
 
     def _fuse(self) -> FusedMaps:

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.geometry import TokenGrid
-from vit_probe.images import Preprocessing
-from vit_probe.measures.artifacts import find_artifacts
-from vit_probe.measures.of_tokens import OfTokens
+from vit_probe.measures.base.hidden_states import HiddenStateMeasure
+from vit_probe.measures.gaussian_mixture import find_artifacts
 from vit_probe.results import Result, check_finite
-from vit_probe.run import AttentionRun
-from vit_probe.stream import Images
+from vit_probe.runner.run import AttentionRun
+from vit_probe.tokens.grid import TokenGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,14 +180,14 @@ def token_norms(
     return measure.compute(run.provenance(measure.options))
 
 
-class TokenNorms(OfTokens):
+class TokenNorms(HiddenStateMeasure):
     """The streaming measure behind `token_norms`; it keeps 9,216 counts a layer, however many images there are.
 
     Args:
         modules: Path of each layer's module, as `AttentionRun.layers` lists them.
     """
 
-    what = "token norms"
+    display_name = "token norms"
 
     def __init__(self, modules: Sequence[str]) -> None:
         super().__init__(modules)
@@ -243,7 +243,7 @@ class TokenNorms(OfTokens):
     def _reduced(self, tokens: Float[Tensor, "image patch dim"]) -> np.ndarray:
         dtype = tokens.dtype if tokens.dtype == torch.float64 else torch.float32
         norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype)
-        check_finite(norms.amax().cpu().numpy(), self.what)
+        check_finite(norms.amax().cpu().numpy(), self.display_name)
         bins = self._counts.shape[2]
         place = ((norms.log2() - _LOWEST) * _FINE).floor().clamp(0, bins - 1).long()
         return torch.stack([torch.bincount(of, minlength=bins) for of in (place.flatten(), place.amax(dim=1))]).cpu().numpy()

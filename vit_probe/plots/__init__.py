@@ -6,15 +6,13 @@ None of them computes a measure, saves, shows or changes matplotlib's global sta
 
 from __future__ import annotations
 
-from vit_probe.plots.attention_distance import plot_attention_distance, plot_sorted_heads
-from vit_probe.plots.attention_distances import plot_attention_distances
+from vit_probe.plots.attention_distance import plot_attention_distance, plot_attention_distances, plot_sorted_heads
 from vit_probe.plots.attention_entropy import plot_attention_entropy, plot_entropy_and_distance, plot_entropy_sheet
 from vit_probe.plots.class_attention import plot_class_attention
 from vit_probe.plots.comparison import Panel, plot_comparison, plot_range
 from vit_probe.plots.deletion import plot_deletion
 from vit_probe.plots.figure7 import plot_figure7
-from vit_probe.plots.filter_panels import plot_filter_panels
-from vit_probe.plots.patch_filters import plot_patch_filters
+from vit_probe.plots.patch_filters import plot_filter_panels, plot_patch_filters
 from vit_probe.plots.position_similarity import plot_position_similarities, plot_position_similarity
 from vit_probe.plots.receptive_field import plot_attention_beside_convolutions, plot_receptive_field
 from vit_probe.plots.representation_similarity import (

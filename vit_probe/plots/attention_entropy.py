@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_probe.plots.heads import HeadQuantity, dots_against_depth, slim_bar, uniform_by_layer
+from vit_probe.plots.layout import check_columns, check_rows
+from vit_probe.plots.per_head import HeadQuantity, dots_against_depth, slim_bar, uniform_by_layer
 from vit_probe.plots.style import drawing_axes, figure_size, style
-from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["plot_attention_entropy", "plot_entropy_and_distance", "plot_entropy_sheet"]
 

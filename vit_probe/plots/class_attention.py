@@ -11,8 +11,17 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.bars import BAR_INCHES, LOW, LOW_BAR_INCHES, bar_margins, bar_of_ends
-from vit_probe.plots.mosaic import bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.layout import (
+    BAR_INCHES,
+    LOW,
+    LOW_BAR_INCHES,
+    bar_margins,
+    bar_of_ends,
+    bare,
+    centres,
+    inches_per_pixel,
+    mosaic,
+)
 from vit_probe.plots.rollout import as_bytes, attention_over_black, checked_maps
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text, text_inches
 

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import bare
+from vit_probe.plots.layout import bare, check_columns, check_rows
 from vit_probe.plots.style import OKABE_ITO, WIDTHS, drawing_axes, figure_size, style, text_inches
-from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["Panel", "plot_comparison", "plot_range"]
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from vit_probe.plots.attention_distance import plot_attention_distance
-from vit_probe.plots.mosaic import say_instead
+from vit_probe.plots.layout import say_instead
 from vit_probe.plots.patch_filters import plot_patch_filters
 from vit_probe.plots.position_similarity import TITLE, plot_position_similarity
 from vit_probe.plots.style import WIDTHS, style

@@ -13,8 +13,16 @@ from matplotlib.figure import Figure, SubFigure
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.mosaic import bar_axes, centres, inches_per_pixel, mosaic, say_instead
-from vit_probe.plots.panels import label_across, panel_row, title_inches
+from vit_probe.plots.layout import (
+    bar_axes,
+    centres,
+    inches_per_pixel,
+    label_across,
+    mosaic,
+    panel_row,
+    say_instead,
+    title_inches,
+)
 from vit_probe.plots.style import WIDTHS, drawing_axes, style
 
 __all__ = ["TITLE", "plot_position_similarities", "plot_position_similarity", "shown_patches"]

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from vit_probe.plots.attention_distance import plot_attention_distance
+from vit_probe.plots.layout import check_columns, check_rows
 from vit_probe.plots.style import OKABE_ITO, drawing_axes, figure_size, style
-from vit_probe.plots.tables import check_columns, check_rows
 
 __all__ = ["plot_attention_beside_convolutions", "plot_receptive_field"]
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.bars import axes_inches, bar_beside
+from vit_probe.plots.layout import axes_inches, bar_beside
 from vit_probe.plots.style import WIDTHS, drawing_axes, style
 
 __all__ = ["SimilarityPanel", "plot_representation_similarities", "plot_representation_similarity"]

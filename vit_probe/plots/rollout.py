@@ -14,8 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from vit_probe.errors import InputError
-from vit_probe.plots.bars import BAR_INCHES, bar_margins, bar_of_ends
-from vit_probe.plots.mosaic import arrange, bare, centres, inches_per_pixel, mosaic
+from vit_probe.plots.layout import BAR_INCHES, arrange, bar_margins, bar_of_ends, bare, centres, inches_per_pixel, mosaic
 from vit_probe.plots.style import WIDTHS, drawing_axes, fitting_text
 
 __all__ = ["as_bytes", "attention_over_black", "checked_maps", "plot_rollout"]

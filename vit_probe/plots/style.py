@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 
+from vit_probe.atomic_io import write_bytes
 from vit_probe.errors import InputError
-from vit_probe.files import write_bytes
 
 __all__ = [
     "FORMATS",

@@ -12,9 +12,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleL
 from numpy.typing import NDArray
 
 from vit_probe.errors import InputError
-from vit_probe.plots.bars import axes_inches, bar_beside
+from vit_probe.plots.layout import axes_inches, bar_beside, check_columns
 from vit_probe.plots.style import drawing_axes, figure_size
-from vit_probe.plots.tables import check_columns
 
 __all__ = ["plot_token_norms"]
 

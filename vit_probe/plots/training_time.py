@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from numpy import ndarray
 
-from vit_probe.plots.attention_distances import plot_attention_distances
+from vit_probe.plots.attention_distance import plot_attention_distances
 from vit_probe.plots.position_similarity import plot_position_similarities
 from vit_probe.plots.style import WIDTHS, style
 

@@ -19,7 +19,7 @@ from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
 from vit_probe.checkpoints.libraries.timm import similar_names
 from vit_probe.errors import AssumptionWarning, InputError
-from vit_probe.vit import VisionTransformer
+from vit_probe.models.vit import VisionTransformer
 
 timm = pytest.importorskip("timm")
 

@@ -16,7 +16,7 @@ from tests.checkpoints.parity import assert_same, images, randomize
 from tests.checkpoints.test_load_model import Exploit
 from vit_probe.checkpoints import load_model
 from vit_probe.errors import InputError
-from vit_probe.vit import VisionTransformer
+from vit_probe.models.vit import VisionTransformer
 
 torchvision = pytest.importorskip("torchvision")
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tests.checkpoints.libraries.conftest import change
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
+from vit_probe.data.preprocessing import IMAGENET_MEAN, Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
-from vit_probe.images import IMAGENET_MEAN, Preprocessing
-from vit_probe.vit import VisionTransformer
+from vit_probe.models.vit import VisionTransformer
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from vit_probe.checkpoints.checkpoint import check_finite
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
-from vit_probe.images import Preprocessing
 
 __all__ = ["adopt", "broken", "exact_resize", "import_library", "reason", "refuse_overrides", "similar"]
 

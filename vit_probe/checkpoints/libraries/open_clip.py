@@ -9,9 +9,9 @@ from torch import nn
 
 from vit_probe.checkpoints.hub import OPEN_CLIP_FILES, fetch
 from vit_probe.checkpoints.libraries import adopt, exact_resize, import_library, reason, similar
-from vit_probe.config import as_pair
+from vit_probe.data.preprocessing import Interpolation, Preprocessing, as_triple
 from vit_probe.errors import InputError
-from vit_probe.images import Interpolation, Preprocessing, as_triple
+from vit_probe.models.config import as_pair
 
 __all__ = ["load"]
 

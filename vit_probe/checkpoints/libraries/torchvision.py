@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vit_probe.checkpoints import torchvision as reader
 from vit_probe.checkpoints.libraries import adopt, import_library, reason, refuse_overrides, similar
+from vit_probe.data.preprocessing import Interpolation, Preprocessing, as_triple
 from vit_probe.errors import InputError
-from vit_probe.images import Interpolation, Preprocessing, as_triple
 
 __all__ = ["load"]
 

@@ -17,8 +17,8 @@ from vit_probe.checkpoints.checkpoint import usual_preprocessing
 from vit_probe.checkpoints.files import read_json
 from vit_probe.checkpoints.huggingface_images import from_settings
 from vit_probe.checkpoints.libraries import adopt, broken, exact_resize, import_library, reason, similar
+from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
-from vit_probe.images import Preprocessing
 
 __all__ = ["load_folder"]
 

@@ -1,0 +1,43 @@
+"""What the command shows while it works."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from vit_probe.cli import console as terminal
+from vit_probe.runner.distributed import Processes
+
+
+def test_progress_shows_rate_and_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with terminal.progress(40) as advance:
+        for _ in range(3):
+            time.sleep(0.05)
+            advance(10)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).split("\r")[-1]
+    assert "30/40" in shown
+    rate = re.search(r"(\d+) images/s left 0:00:0\d", shown)
+    assert rate
+    assert 20 < int(rate[1]) <= 200
+
+
+def test_progress_is_shown_by_the_first_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in (0, 1):
+        with terminal.progress(40, Processes(rank, 2)) as advance:
+            advance(10)
+        assert ("images of the first of 2 processes" in capsys.readouterr().err) is (rank == 0)
+
+
+def test_progress_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    with terminal.progress(None) as advance:
+        advance(10)
+    assert capsys.readouterr().err == ""

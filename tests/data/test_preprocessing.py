@@ -1,0 +1,261 @@
+"""Reading, preparing and streaming photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_probe import InputError, Preprocessing, sample_photographs
+from vit_probe.data.preprocessing import find_images, read_image
+from vit_probe.data.stream import ImageStream
+
+PREPARE = Preprocessing(size=(16, 24), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four photographs, one of them in a folder below, and a text."""
+    (tmp_path / "below").mkdir()
+    for index, name in enumerate(("b.png", "a.JPG", "c.jpeg", "below/d.png")):
+        noise(40, 50, index).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+class TestPreprocessing:
+    @pytest.mark.parametrize(("height", "width", "resized"), [(64, 96, (32, 48)), (96, 64, (48, 32)), (32, 32, (32, 32))])
+    def test_shorter_side_then_centre_crop(self, height: int, width: int, resized: tuple[int, int]) -> None:
+        image = noise(height, width)
+        rows, cols = resized
+        expected = np.asarray(image.resize((cols, rows), Image.Resampling.BICUBIC))
+        top, left = (rows - 16) // 2, (cols - 24) // 2
+        np.testing.assert_array_equal(np.asarray(PREPARE.crop(image)), expected[top : top + 16, left : left + 24])
+
+    @pytest.mark.parametrize("resize", [224, 256])
+    def test_the_shorter_side_is_exact_for_every_size(self, resize: int) -> None:
+        prepare = Preprocessing(size=(resize, resize), resize=resize)
+        for side in range(16, 600, 7):
+            assert prepare.crop(Image.new("RGB", (side, side), "white")).getextrema() == ((255, 255),) * 3, side
+
+    def test_scaled_keeps_the_proportion(self) -> None:
+        assert Preprocessing(size=(224, 224), resize=256).scaled((448, 448)) == Preprocessing(size=(448, 448), resize=512)
+        assert Preprocessing(size=(64, 64), resize=(64, 64)).scaled((96, 96)) == Preprocessing(size=(96, 96), resize=(96, 96))
+
+    def test_usual(self) -> None:
+        assert Preprocessing.usual((224, 224), interpolation="bilinear") == Preprocessing(
+            (224, 224), 256, interpolation="bilinear"
+        )
+
+    def test_exact_size_squeezes(self) -> None:
+        prepare = Preprocessing(size=(8, 8), resize=(8, 8), interpolation="bilinear")
+        image = noise(20, 40)
+        np.testing.assert_array_equal(
+            np.asarray(prepare.crop(image)), np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
+        )
+
+    def test_the_centre_crop_rounds_half_to_even_as_torchvision(self) -> None:
+        prepare = Preprocessing(size=(4, 4), resize=7)  # (7 - 4) / 2 = 1.5 rounds to 2
+        image = noise(7, 7)
+        np.testing.assert_array_equal(np.asarray(prepare.crop(image)), np.asarray(image)[2:6, 2:6])
+
+    def test_standardised_per_channel(self) -> None:
+        flat = Image.new("RGB", (64, 64), (255, 0, 51))
+        pixels = PREPARE(flat)
+        assert pixels.shape == (3, 16, 24)
+        expected = torch.tensor([(1 - 0.5) / 0.2, (0 - 0.4) / 0.3, (0.2 - 0.3) / 0.4])
+        torch.testing.assert_close(pixels[:, 3, 5], expected)
+
+    def test_the_numbers_are_those_of_torch_to_the_last_bit(self) -> None:
+        image = noise(40, 60)
+        pixels = torch.from_numpy(np.array(PREPARE.crop(image))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (PREPARE.mean, PREPARE.std))
+        torch.testing.assert_close(PREPARE(image), (pixels - mean) / std, rtol=0, atol=0)
+        assert PREPARE(image).is_contiguous()
+
+    def test_denormalize_gives_the_photograph_back(self) -> None:
+        image = noise(70, 90)
+        np.testing.assert_array_equal(PREPARE.denormalize(PREPARE(image)[None])[0], np.asarray(PREPARE.crop(image)))
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+    def test_other_modes_become_rgb(self, mode: str) -> None:
+        assert PREPARE(noise(40, 40).convert(mode)).shape == (3, 16, 24)
+
+
+class TestReadImage:
+    def test_turned_upright(self, tmp_path: Path) -> None:
+        image = noise(20, 30)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was turned by a quarter
+        image.save(tmp_path / "turned.png", exif=exif)
+        np.testing.assert_array_equal(
+            np.asarray(read_image(tmp_path / "turned.png")), np.asarray(image.rotate(-90, expand=True))
+        )
+
+    def test_sixteen_bits_are_scaled_to_eight(self, tmp_path: Path) -> None:
+        grey = np.arange(0, 256, dtype=np.uint16).reshape(16, 16)
+        Image.fromarray(grey * 257).save(tmp_path / "grey.png")
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "grey.png"))[..., 1], grey)
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+    def test_values_of_unknown_range_are_refused(self, dtype: type, tmp_path: Path) -> None:
+        Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "odd.tif")
+        with pytest.raises(InputError, match=r"odd.tif holds 32-bit values \(mode [IF]\), whose range is not known"):
+            read_image(tmp_path / "odd.tif")
+
+    def test_too_many_pixels(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+        with pytest.raises(InputError, match=r"b.png has more pixels than is safe to decode"):
+            read_image(folder / "b.png")
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"there is no image file .*missing.png"):
+            read_image(tmp_path / "missing.png")
+
+    def test_no_image(self, folder: Path) -> None:
+        with pytest.raises(InputError, match=r"notes.txt is not an image that can be read"):
+            read_image(folder / "notes.txt")
+
+    @pytest.mark.parametrize("name", ["a.JPG", "b.png"])
+    def test_truncated(self, folder: Path, name: str) -> None:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(InputError, match=f"{name} cannot be decoded .* truncated"):
+            read_image(folder / name)
+
+
+class TestFindImages:
+    def test_a_folder_is_searched_in_order(self, folder: Path) -> None:
+        names = [str(path.relative_to(folder)) for path in find_images([folder])]
+        assert names == ["a.JPG", "b.png", "below/d.png", "c.jpeg"]
+
+    def test_documents_and_hidden_files_are_no_photographs(self, folder: Path) -> None:
+        (folder / ".hidden").mkdir()
+        for name in ("paper.pdf", "._a.jpg", ".hidden/e.png"):
+            (folder / name).write_bytes(b"")
+        assert len(find_images([folder])) == 4
+
+    def test_files_keep_their_order(self, folder: Path) -> None:
+        assert [path.name for path in find_images([folder / "c.jpeg", folder / "a.JPG"])] == ["c.jpeg", "a.JPG"]
+
+    def test_no_such_source(self, folder: Path) -> None:
+        with pytest.raises(InputError, match=r"there is no image file or folder .*nowhere"):
+            find_images([folder / "nowhere"])
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"holds no image file"):
+            find_images([tmp_path])
+
+
+class TestSamplePhotographs:
+    def test_whole_photographs_then_deterministic_crops(self) -> None:
+        first, again = sample_photographs(8), sample_photographs(8)
+        assert [image.info["name"] for image in first[:4]] == ["china", "flower", "grace_hopper", "china, crop 1"]
+        assert len({image.tobytes() for image in first}) == 8
+        assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+        assert all(image.mode == "RGB" for image in first)
+
+    def test_as_many_as_asked_for(self) -> None:
+        assert len(sample_photographs()) == 128
+
+
+class TestImageStream:
+    def test_photographs_paths_and_tensors_are_the_same(self, folder: Path) -> None:
+        paths = find_images([folder])
+        expected = torch.stack([PREPARE(read_image(path)) for path in paths])
+        batches = expected.split(3)
+        for images in (folder, str(folder), paths, [read_image(p) for p in paths], expected, list(batches), iter(batches)):
+            stream = ImageStream(images, PREPARE, batch_size=3)
+            assert stream.image_size == (16, 24)
+            torch.testing.assert_close(torch.cat(list(stream)), expected, rtol=0, atol=0)
+
+    def test_a_photograph_is_turned_upright_however_it_is_given(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise(40, 60).save(tmp_path / "turned.png", exif=exif)
+        with Image.open(tmp_path / "turned.png") as image:
+            streams = [ImageStream(images, PREPARE) for images in ([image], [tmp_path / "turned.png"])]
+            torch.testing.assert_close(*(torch.cat(list(stream)) for stream in streams), rtol=0, atol=0)
+
+    def test_labelled_batches(self) -> None:
+        images, labels = torch.rand(4, 3, 16, 24), torch.arange(4)
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=3)
+        torch.testing.assert_close(torch.cat(list(ImageStream(loader, None))), images)
+
+    def test_batch_size(self) -> None:
+        assert [len(batch) for batch in ImageStream(torch.rand(7, 3, 8, 8), None, batch_size=3)] == [3, 3, 1]
+
+    def test_names_and_hash_do_not_depend_on_the_batch_size(self, folder: Path) -> None:
+        provenance = []
+        for batch_size in (1, 3):
+            stream = ImageStream(folder, PREPARE, batch_size=batch_size)
+            list(stream)
+            provenance.append(stream.provenance())
+        assert provenance[0] == provenance[1]
+        assert provenance[0]["names"] == ["a.JPG", "b.png", "d.png", "c.jpeg"]
+        assert provenance[0]["count"] == 4
+
+    def test_the_hash_tells_images_apart(self) -> None:
+        digests = set()
+        for seed in (0, 1):
+            stream = ImageStream(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)), None)
+            list(stream)
+            digests.add(stream.provenance()["sha256"])
+        assert len(digests) == 2
+
+    def test_keeps_the_first_for_display(self, folder: Path) -> None:
+        stream = ImageStream(folder, PREPARE, batch_size=2, keep=3)
+        list(stream)
+        kept = stream.kept()
+        assert kept is not None
+        expected = [np.asarray(PREPARE.crop(read_image(path))) for path in find_images([folder])[:3]]
+        np.testing.assert_array_equal(kept, np.stack(expected))
+
+    def test_keeps_nothing_where_the_preprocessing_is_unknown(self) -> None:
+        stream = ImageStream(torch.rand(2, 3, 8, 8), None, keep=2)
+        list(stream)
+        assert stream.kept() is None
+
+    def test_broken_checksums_come_up_at_the_start(self, folder: Path) -> None:
+        (folder / "z.png").write_bytes((folder / "b.png").read_bytes()[:500])
+        with pytest.raises(InputError, match=r"z.png cannot be decoded"):
+            ImageStream(folder, PREPARE)
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            (torch.rand(3, 8, 8), r"shape \(batch, channel, height, width\), got Tensor of shape \(3, 8, 8\)"),
+            ([], "there are no images"),
+            (iter([]), "there are no images"),
+            (torch.rand(0, 3, 8, 8), "there are no images"),
+            (3, "must be a tensor, photographs, paths, a dataset or an iterable of batches, got int"),
+            ([torch.rand(8, 8)], r"or tensors \(channel, height, width\), got Tensor of shape \(8, 8\)"),
+            ([{"image": 1}], "got int"),
+            ((torch.rand(1, 3, 8, 8) * 255).to(torch.uint8), r"images are torch.uint8; tensors must be preprocessed"),
+            ([torch.zeros(1, 3, 8, 8, dtype=torch.int64)], r"images are torch.int64"),
+            ([Image.new("RGB", (8, 8)), torch.rand(3, 8, 8)], "must hold PIL images or paths only"),
+        ],
+    )
+    def test_images_of_no_known_kind(self, images: object, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            ImageStream(images, PREPARE)  # type: ignore[arg-type]
+
+    def test_photographs_without_preprocessing(self) -> None:
+        with pytest.raises(InputError, match="does not say how photographs are prepared"):
+            ImageStream([noise(20, 20)], None)
+
+    def test_two_sizes(self) -> None:
+        stream = ImageStream([torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 16)], None)
+        with pytest.raises(InputError, match="8 x 16 pixels follow ones of 8 x 8"):
+            list(stream)
+
+    def test_batch_size_below_one(self) -> None:
+        with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
+            ImageStream(torch.rand(1, 3, 8, 8), None, batch_size=0)

@@ -1,0 +1,174 @@
+"""TokenGrid and Windows: where patches lie; what a model tells of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import ViTMAEConfig, ViTMAEModel
+
+from tests import reference
+from vit_probe import InputError, TokenGrid
+from vit_probe.tokens.grid import Windows, has_class_token, read_patch_size
+
+grids = st.builds(
+    TokenGrid,
+    rows=st.integers(1, 6),
+    cols=st.integers(1, 6),
+    patch_size=st.tuples(st.integers(1, 32), st.integers(1, 32)),
+    num_prefix_tokens=st.integers(1, 5),
+    has_cls_token=st.booleans(),
+)
+
+
+@given(grids)
+def test_centres_are_the_references(grid: TokenGrid) -> None:
+    assert grid.centres().dtype == torch.float64
+    np.testing.assert_array_equal(grid.centres(), reference.patch_centres(grid.rows, grid.cols, *grid.patch_size))
+
+
+@given(grids, st.data())
+def test_distances_are_those_between_centres(grid: TokenGrid, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, grid.num_patches))
+    stop = data.draw(st.none() | st.integers(start, grid.num_patches))
+    centres = reference.patch_centres(grid.rows, grid.cols, *grid.patch_size)
+    expected = np.linalg.norm(centres[start:stop, None] - centres, axis=-1)
+    distances = grid.distances(start, stop)
+    assert distances.shape == expected.shape
+    np.testing.assert_allclose(distances, expected, rtol=1e-6)
+
+
+def test_distances_are_the_callers_own() -> None:
+    grid = TokenGrid(2, 3, (8, 4), 1, True)
+    grid.distances().fill_(7)
+    assert grid.distances()[0].tolist() == [0, 4, 8, 8, pytest.approx(80**0.5), pytest.approx(128**0.5)]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 15), (1, 2), (4, 6), (3, 12), (4, 13), (14, 15), (5, 5), (-4, -1)])
+@pytest.mark.parametrize(("rows", "cols"), [(3, 5), (5, 3), (1, 15), (15, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_written_to_memory(rows: int, cols: int, start: int, stop: int, dtype: torch.dtype) -> None:
+    grid = TokenGrid(rows, cols, (8, 6), 2, True)
+    memory = torch.full((17, 15), torch.nan, dtype=dtype)
+    length = len(range(15)[start:stop])
+    out = memory[1 : 1 + length]
+    assert grid.distances(start, stop, out=out) is out
+    centres = reference.patch_centres(rows, cols, 8, 6)
+    np.testing.assert_allclose(out, np.linalg.norm(centres[start:stop, None] - centres, axis=-1), rtol=1e-6)
+    assert memory[0].isnan().all()
+    assert memory[1 + length :].isnan().all()
+
+
+@given(grids)
+def test_uniform_distance_is_the_mean_over_all_pairs(grid: TokenGrid) -> None:
+    expected = reference.uniform_distance(grid.rows, grid.cols, grid.patch_size)
+    assert grid.uniform_distance() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("side", "patch", "pixels"), [(14, 16, 116.49), (7, 32, 115.50), (16, 14, 116.57), (37, 14, 269.99)])
+def test_uniform_distance_of_the_usual_grids(side: int, patch: int, pixels: float) -> None:
+    assert TokenGrid(side, side, (patch, patch), 1, True).uniform_distance() == pytest.approx(pixels, abs=0.005)
+
+
+def test_counts() -> None:
+    grid = TokenGrid(2, 3, (8, 4), 5, True)
+    assert (grid.num_patches, grid.num_tokens) == (6, 11)
+    grid.check_tokens(11)
+
+
+# Windows
+
+WINDOWS = Windows(TokenGrid(2, 3, (8, 4), 0, False), torch.tensor([[0, 1, 3, 4], [2, -1, 5, -1]]))
+
+
+def test_distances_within_windows() -> None:
+    far = (64 + 16) ** 0.5
+    expected = [
+        [[0, 4, 8, far], [4, 0, far, 8], [8, far, 0, 4], [far, 8, 4, 0]],
+        [[0, 0, 8, 0], [0, 0, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]],
+    ]
+    distances = WINDOWS.distances()
+    is_patch = WINDOWS.is_patch
+    assert is_patch.tolist() == [[True] * 4, [True, False, True, False]]
+    np.testing.assert_allclose(distances * is_patch[:, :, None], expected)
+    np.testing.assert_array_equal(WINDOWS.distances(torch.tensor([1, 0, 1]), slice(1, 3)), distances[[1, 0, 1], 1:3])
+
+
+def test_uniform_attention_within_windows() -> None:
+    far = (64 + 16) ** 0.5
+    assert WINDOWS.uniform_distance() == pytest.approx((4 * (4 + 8 + far) / 4 + 2 * 8 / 2) / 6)
+    masked = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masked[0, :2, 2:] = masked[0, 2:, :2] = True  # the upper row and the lower one do not see each other
+    assert replace(WINDOWS, masked_pairs=masked).uniform_distance() == pytest.approx((4 * 4 / 2 + 2 * 8 / 2) / 6)
+
+
+def test_one_window_over_all_is_the_grid() -> None:
+    grid = TokenGrid(3, 4, (8, 6), 0, False)
+    windows = Windows(grid, torch.arange(12)[None])
+    assert windows.uniform_distance() == pytest.approx(grid.uniform_distance())
+    np.testing.assert_allclose(windows.distances()[0], grid.distances(), rtol=1e-6)
+
+
+# What the model tells
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *((name, True) for name in ("cls_token", "class_token", "class_embedding", "embeddings.cls_token", "cls")),
+        *((name, False) for name in ("reg_token", "mask_token", "classifier.weight", "class_head")),
+    ],
+)
+def test_names_of_class_tokens(name: str, is_one: bool) -> None:
+    model = nn.Module()
+    *path, last = name.split(".")
+    owner = model
+    for part in path:
+        owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.register_parameter(last, nn.Parameter(torch.zeros(1)))
+    assert has_class_token(model) is is_one
+
+
+def test_patch_size_from_the_convolution_that_sees_the_image() -> None:
+    assert read_patch_size(nn.Sequential(nn.Conv2d(3, 8, (4, 6), (4, 6)), nn.Conv2d(8, 8, 2, 2))) == (4, 6)
+    for first in (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 8, 1)):
+        with pytest.raises(InputError, match=r"its first convolution is not one whose stride equals its kernel; pass grid"):
+            read_patch_size(nn.Sequential(first, nn.Conv2d(8, 8, 7, 7)))
+
+
+# Errors
+
+
+def test_a_model_without_patches_cannot_be_read() -> None:
+    with pytest.raises(InputError, match=r"cannot tell the patch size of Linear.*pass grid=TokenGrid"):
+        read_patch_size(nn.Linear(2, 2))
+
+
+def test_tokens_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match=r"covers 12 tokens, but TokenGrid\(rows=2, cols=3.*accounts for 11; pass the grid"):
+        TokenGrid(2, 3, (8, 4), 5, True).check_tokens(12)
+
+
+@pytest.mark.parametrize("values", [(0, 3, (8, 8), 0), (3, 0, (8, 8), 0), (3, 3, (8, 0), 0), (3, 3, (8, 8), -1)])
+def test_impossible_grids(values: tuple) -> None:
+    with pytest.raises(InputError, match="needs positive rows, columns and patch sizes and no negative prefix"):
+        TokenGrid(*values, has_cls_token=False)
+
+
+def test_a_class_token_is_a_prefix_token() -> None:
+    with pytest.raises(InputError, match="a class token is a prefix token"):
+        TokenGrid(3, 3, (8, 8), 0, True)
+
+
+def test_a_model_that_shuffles_its_patches() -> None:
+    config = ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(InputError, match="ViTMAEModel drops and shuffles patches at random"):
+        read_patch_size(ViTMAEModel(config))

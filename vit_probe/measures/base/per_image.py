@@ -1,0 +1,97 @@
+"""What measures with a map for every image have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from vit_probe.errors import InputError
+from vit_probe.results import check_finite
+from vit_probe.tokens.grid import TokenGrid
+
+__all__ = ["SHOWN_IMAGES", "PerImageMaps"]
+
+SHOWN_IMAGES = 64
+"""Photographs that a result keeps beside its maps."""
+
+
+class PerImageMaps(ABC):
+    """A streaming measure that keeps a map, or several, of every image, in the order in which the images came.
+
+    Args:
+        grid: Where the patches lie.
+    """
+
+    display_name: str  # is measured, for messages
+
+    def __init__(self, grid: TokenGrid) -> None:
+        self.grid = grid
+        self._maps: list[np.ndarray] = []  # of each batch, (image, ..., row, col)
+        self._before = 0  # how many of them there were before the batch under way
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """What distinguishes this measure from others of its kind, for provenance."""
+
+    def begin_batch(self) -> None:
+        """Marks where `roll_back` goes back to."""
+        self._finish_batch()
+        self._before = len(self._maps)
+
+    def end_batch(self) -> None:
+        """Does what is left to do of the batch."""
+        self._finish_batch()
+
+    def roll_back(self) -> None:
+        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        del self._maps[self._before :]
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
+        self._finish_batch()
+        none = np.zeros((0, self.grid.rows, self.grid.cols), dtype=np.float32)
+        return {"maps": np.concatenate(self._maps) if self._maps else none}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to where `state` was taken, of a measure with the same grid and options."""
+        self._maps = [state["maps"]] if len(state["maps"]) else []
+
+    def merge(self, other: Self) -> None:
+        """Appends the maps of `other`.
+
+        Raises:
+            InputError: If `other` has another grid or other options.
+        """
+        mine, theirs = ((measure.grid, measure.options) for measure in (self, other))
+        if mine != theirs:
+            raise InputError(f"cannot merge {self.display_name} of (grid, options) {theirs} into {mine}")
+        for measure in (self, other):
+            measure._finish_batch()
+        self._maps += other._maps
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Puts the maps into another order: first that of the image which was the `order[0]`-th."""
+        self._finish_batch()
+        self._maps = [np.concatenate(self._maps)[list(order)]] if self._maps else []
+
+    @abstractmethod
+    def _finish_batch(self) -> None:
+        """Appends the maps of the batch that is under way, if one is."""
+
+    def _result(self, provenance: dict[str, Any] | None, names: list[str] | None, images: np.ndarray | None) -> dict[str, Any]:
+        """What the results of all such measures hold of the images so far: maps, images, names and provenance.
+
+        Raises:
+            InputError: If there were none, or the maps hold NaN.
+        """
+        self._finish_batch()
+        if not self._maps:
+            raise InputError("no attention has been measured yet")
+        maps = np.concatenate(self._maps)
+        check_finite(maps, self.display_name)
+        names = names or [f"image {index}" for index in range(len(maps))]
+        return {"maps": maps, "images": images, "names": names, "provenance": provenance or {}}

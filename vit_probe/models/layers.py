@@ -1,0 +1,113 @@
+"""The layers of a Vision Transformer: attention, MLP and the pre-norm block that joins them."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit_probe.models.config import ViTConfig
+
+__all__ = ["Block", "DropPath", "Mask"]
+
+Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), as in CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * value, both halves of the last axis (Shazeer 2020, arXiv:2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through `scaled_dot_product_attention`."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.q_norm = nn.LayerNorm(head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "batch token dim"], mask: Mask | None = None) -> Float[Tensor, "batch token dim"]:
+        query, key, value = rearrange(
+            self.qkv(x), "batch token (three head dim) -> three batch head token dim", three=3, head=self.num_heads
+        )
+        out = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, attn_mask=mask)
+        return self.drop(self.proj(rearrange(out, "batch head token dim -> batch token (head dim)")))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        hidden = round(config.embed_dim * config.mlp_ratio)
+        gated = config.activation == "swiglu"
+        self.fc1 = nn.Linear(config.embed_dim, 2 * hidden if gated else hidden)
+        self.act = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "swiglu": SwiGLU}[config.activation]()
+        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, leaves a branch out for each image with probability `rate`, and scales the rest up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: Of the whole model.
+        drop_path: Rate of stochastic depth in this layer.
+    """
+
+    def __init__(self, config: ViTConfig, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        dim, scale = config.embed_dim, config.layer_scale
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(config)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
