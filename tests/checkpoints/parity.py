@@ -1,4 +1,4 @@
-"""Comparing our model with a library's, both with the same weights."""
+"""Comparing our model with a library's model of the same weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TOLERANCE = 1e-5
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter values that matter: none is left at 0 or 1, and outputs stay around 1 in size."""
+    """Set every parameter to random values, none of them 0 or 1, such that outputs stay at a magnitude around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -18,7 +18,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.ndim == 1:
                 parameter.copy_(0.1 * noise if kind == "bias" else 0.8 + 0.2 * noise)
             elif name == "patch_embed.proj.weight" and hasattr(model.patch_embed, "backbone"):
-                # A deep ResNet amplifies float32's rounding, to 3e-4 of its output; a tenth of that reaches the tokens.
+                # A deep ResNet amplifies float32's rounding to 3e-4 of its output; this lets a tenth of it reach the tokens.
                 parameter.copy_(0.1 * noise / parameter[0].numel() ** 0.5)
             elif kind in ("weight", "in_proj_weight"):
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)

@@ -1,4 +1,4 @@
-"""Files in Google's layout, read by us and by timm's own reader of the same files."""
+"""Files in Google's layout, loaded by us and by timm's own reader of the same files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
 
 
 def google_arrays(model: nn.Module, *, big_vision: bool = False) -> dict[str, np.ndarray]:
-    """The parameters of a timm model as Google's JAX code names, shapes and orders them.
+    """The parameters of a timm model with the names, shapes and axis order of Google's JAX code.
 
     Dense kernels are (in, out), convolutions (row, col, in, out); query, key and value have kernels (dim, head, head_dim)
     and the output (head, head_dim, dim).
@@ -64,7 +64,7 @@ def google_arrays(model: nn.Module, *, big_vision: bool = False) -> dict[str, np
 
 
 def _resnet_arrays(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stages and units count from 1; group norms have the shape (1, 1, 1, channel)."""
+    """The same for the ResNet: stages and units count from 1, and group norms have the shape (1, 1, 1, channel)."""
     arrays = {}
     for name, value in state.items():
         if not name.startswith("patch_embed.backbone."):
@@ -84,7 +84,7 @@ def _resnet_arrays(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check(path: Path, theirs: nn.Module, fresh: nn.Module, *sizes: tuple[int, int], **overrides: Any) -> None:
-    """Ours, timm reading the same file, and the model the file was written from are one."""
+    """Our model and timm's `fresh` model, both loaded from the file, equal `theirs`, from which the file was written."""
     fresh.load_pretrained(str(path))  # type: ignore[operator]
     ours = load_model(path, **overrides)
     for size in sizes:
@@ -103,7 +103,7 @@ def test_plain(root: str, tmp_path: Path) -> None:
     _check(tmp_path / "vit.npz", theirs, VisionTransformer(**TINY), (48, 48), (40, 72))
 
 
-def test_everything_is_read_off_the_shapes(tmp_path: Path) -> None:
+def test_configuration_from_shapes(tmp_path: Path) -> None:
     theirs = randomize(VisionTransformer(**(TINY | {"num_heads": 8, "patch_size": (8, 6), "depth": 3, "mlp_ratio": 2.5})))
     np.savez(tmp_path / "ViT.npz", **google_arrays(theirs))
     ours = load_model(tmp_path / "ViT.npz", image_size=48)
@@ -127,7 +127,7 @@ def test_everything_is_read_off_the_shapes(tmp_path: Path) -> None:
     "variant", [{"no_embed_class": True}, {"class_token": False, "global_pool": "avg", "fc_norm": False}], ids=["token", "gap"]
 )
 def test_big_vision(variant: dict[str, Any], stacked: bool, tmp_path: Path) -> None:
-    """The class token has no position there; layers may be stacked along a first axis."""
+    """In big_vision the class token has no position embedding, and layers may be stacked along a first axis."""
     theirs = randomize(VisionTransformer(**(TINY | variant)))
     arrays = google_arrays(theirs, big_vision=True)
     if stacked:
@@ -197,5 +197,5 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         load({}, num_classes=9)
     with pytest.raises(InputError, match=r"the array cls of the \.npz file holds int64"):
         load({"cls": np.zeros((1, 1, 32), np.int64)})
-    with pytest.raises(InputError, match=r"something other than plain arrays, which is refused"):
+    with pytest.raises(InputError, match=r"something other than plain arrays, which is never loaded"):
         load({"cls": np.array([{"a": 1}], dtype=object)})

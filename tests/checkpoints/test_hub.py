@@ -1,4 +1,4 @@
-"""Fetching from the hub through its real client: from its cache, without a network, and from a small hub on this machine."""
+"""Downloading from the hub with its real client: from its cache, without a network, and from a small local hub."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ TINY = ViTConfig(image_size=48, patch_size=8, embed_dim=192, depth=1, num_heads=
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a hub at an address that nothing answers."""
+    """An empty cache, and a hub at an address where nothing responds."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     return tmp_path / "hub"
 
 
 def _put(cache: Path, repository: str, model: torch.nn.Module, *, pickled: bool = False) -> None:
-    """Lays a repository out as the client's cache does."""
+    """Add a repository to the cache, in the client's own layout."""
     root = cache / f"models--{repository.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -58,7 +58,7 @@ def _put(cache: Path, repository: str, model: torch.nn.Module, *, pickled: bool 
 @pytest.mark.parametrize(
     ("name", "repository"), [("timm:vit_tiny.mine", "timm/vit_tiny.mine"), ("hf:someone/vit", "someone/vit")]
 )
-def test_what_is_cached_needs_no_network(name: str, repository: str, pickled: bool, cache: Path) -> None:
+def test_cached_files_need_no_network(name: str, repository: str, pickled: bool, cache: Path) -> None:
     model = randomize(VisionTransformer(TINY))
     _put(cache, repository, model, pickled=pickled)
     loaded = load_model(name)
@@ -69,7 +69,7 @@ def test_what_is_cached_needs_no_network(name: str, repository: str, pickled: bo
         assert_same(loaded(images(48)), model(images(48)), tolerance=1e-12)
 
 
-def test_without_network_one_sentence_and_soon(cache: Path) -> None:
+def test_without_network_a_short_error_soon(cache: Path) -> None:
     start = time.monotonic()
     message = (
         r"^timm/vit_tiny is not in the local cache, and the hub cannot be reached; check the network, or pass a local folder$"
@@ -79,18 +79,18 @@ def test_without_network_one_sentence_and_soon(cache: Path) -> None:
     assert time.monotonic() - start < 20
 
 
-def test_a_hub_that_never_answers_is_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_hub_is_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _put(cache, "someone/vit", VisionTransformer(TINY))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(hub_module, "_PATIENCE", 0.5)
+        monkeypatch.setattr(hub_module, "_TIMEOUT", 0.5)
         start = time.monotonic()
         assert load_model("hf:someone/vit").config == TINY
         with pytest.raises(InputError, match="the hub cannot be reached"):
             load_model("hf:someone/other")
         assert time.monotonic() - start < 5
     monkeypatch.undo()
-    assert hub_module._PATIENCE < 20
+    assert hub_module._TIMEOUT < 20
 
 
 def test_offline_mode_is_respected(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,21 +102,21 @@ def test_offline_mode_is_respected(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["hf:vit", "hf:", "timm:", "hf:a/b/c", "hf:some one/vit", "timm:other/vit/x"])
-def test_names_that_are_none(name: str, cache: Path) -> None:
-    with pytest.raises(InputError, match=r"names no model of the hub; write hf:ORG/NAME or timm:NAME"):
+def test_invalid_names(name: str, cache: Path) -> None:
+    with pytest.raises(InputError, match=r"is not the name of a model on the hub; write hf:ORG/NAME or timm:NAME"):
         load_model(name)
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download needs: one repository, `a/b`, and refusals for others."""
+    """The part of the hub's API that a download needs: one repository, `a/b`, and error responses for others."""
 
     files: ClassVar[dict[str, bytes]] = {}
-    refusals: ClassVar[dict[str, tuple[int, str]]] = {
+    errors: ClassVar[dict[str, tuple[int, str]]] = {
         "a/none": (404, "RepoNotFound"), "timm/": (404, "RepoNotFound"), "a/gated": (403, "GatedRepo"), "a/down": (500, "")
     }  # fmt: skip
 
     def do_GET(self) -> None:
-        for repository, (status, code) in self.refusals.items():
+        for repository, (status, code) in self.errors.items():
             if repository in self.path:
                 return self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"})
         if self.path.startswith("/api/models/a/b/revision/"):
@@ -160,7 +160,7 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_download(pickled: bool, hub: type[Hub], cache: Path) -> None:
-    """Pickled weights only where there is nothing else, and never another framework's."""
+    """Pickled weights are downloaded only if there are no others; other frameworks' weights never."""
     model = randomize(VisionTransformer(TINY))
     _put(cache, "some/where", model)
     _put(cache, "some/pickle", model, pickled=True)
@@ -184,12 +184,12 @@ def test_a_download(pickled: bool, hub: type[Hub], cache: Path) -> None:
         ("a/down", r"^a/down is not in the local cache, and the hub cannot be reached"),
     ],
 )
-def test_the_hubs_refusals(repository: str, message: str, hub: type[Hub]) -> None:
+def test_error_responses_of_the_hub(repository: str, message: str, hub: type[Hub]) -> None:
     with pytest.raises(InputError, match=message):
         load_model(f"hf:{repository}")
 
 
-def test_names_that_the_hub_has_not_but_timm_has(hub: type[Hub]) -> None:
+def test_an_unknown_timm_name_gets_suggestions(hub: type[Hub]) -> None:
     pytest.importorskip("timm")
     message = r"^the hub has no repository timm/vit_tiny_patch16_224, .*; similar names are vit_tiny_patch16_224\.augreg_in21k"
     with pytest.raises(InputError, match=message):
@@ -209,7 +209,7 @@ def test_names_that_the_hub_has_not_but_timm_has(hub: type[Hub]) -> None:
         ),
     ],
 )
-def test_other_failures_of_the_client(error: Exception, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_the_client(error: Exception, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*arguments: Any, **options: Any) -> str:
         raise error
 

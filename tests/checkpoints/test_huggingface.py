@@ -1,4 +1,4 @@
-"""Our model against transformers' own, with transformers' weights under both spellings, and its image processors."""
+"""Our model against transformers' own, with transformers' weights under old and new names, and its image processors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_image
 
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
-from vit_probe.checkpoints.huggingface_images import preprocessing
+from vit_probe.checkpoints.image_processors import preprocessing_from_processor
 from vit_probe.errors import InputError
 from vit_probe.models.config import ViTConfig
 
@@ -79,7 +79,7 @@ def test_agrees_with_transformers(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_state_dict_without_configuration(family: str, tmp_path: Path) -> None:
-    """Shapes and the model's family tell all but the activation and the number of heads."""
+    """Shapes determine everything but the activation and the number of heads."""
     theirs = _theirs(family)
     save_file(theirs.state_dict(), tmp_path / "state.safetensors")
     quick = {"activation": "quick_gelu"} if "quick" in family else {}
@@ -102,8 +102,8 @@ def test_shards_and_the_file_in_the_folder(tmp_path: Path) -> None:
     _outputs(load_model(tmp_path / "whole/model.safetensors"), theirs, (48, 48))
 
 
-def test_sizes_that_are_not_square(tmp_path: Path) -> None:
-    """transformers resizes from square tables only; at the native size it can be asked."""
+def test_non_square_images(tmp_path: Path) -> None:
+    """transformers interpolates only square position tables, so the two are compared at the native size."""
     config = transformers.ViTConfig(**(TINY | MLP | {"image_size": [32, 72], "patch_size": [8, 8]}))
     theirs = randomize(transformers.ViTForImageClassification(config))
     theirs.save_pretrained(tmp_path)
@@ -123,8 +123,10 @@ def test_the_published_base_size(tmp_path: Path) -> None:
         assert_same(ours(images(224, batch=1)), hidden[:, 0])
 
 
-@pytest.mark.skipif(not DINOV2_SMALL.is_dir(), reason=f"the real DINOv2 ViT-S/14 is not at hand ({DINOV2_SMALL})")
-def test_the_real_dinov2() -> None:
+@pytest.mark.skipif(
+    not DINOV2_SMALL.is_dir(), reason=f"the pretrained DINOv2 ViT-S/14 is not here: {DINOV2_SMALL} does not exist"
+)
+def test_pretrained_dinov2() -> None:
     theirs = transformers.Dinov2Model.from_pretrained(DINOV2_SMALL).eval()
     ours = load_model(DINOV2_SMALL)
     assert ours.name == "dinov2-small"
@@ -158,27 +160,37 @@ def test_preprocessing_is_that_of_the_image_processor(case: str, tmp_path: Path)
     model_type, arguments = PROCESSORS[case]
     processor = getattr(transformers, case.partition(",")[0])(**arguments)
     processor.save_pretrained(tmp_path)
-    ours = preprocessing(model_type, ViTConfig(), json.loads((tmp_path / "preprocessor_config.json").read_text()))
-    # Margins of the crop are even here: of an odd one transformers leaves the smaller half first, torchvision and timm
-    # (and `Preprocessing`) the half that is an even number.
+    ours = preprocessing_from_processor(
+        model_type, ViTConfig(), json.loads((tmp_path / "preprocessor_config.json").read_text())
+    )
+    # The crop's margins are an even number of pixels here. An odd one is split differently: transformers puts the smaller half
+    # first; torchvision, timm and `Preprocessing` put the half that is an even number first.
     photograph = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 600, 400))
     theirs = processor(photograph, return_tensors="pt").pixel_values[0]
     prepared = ours(photograph)
     assert prepared.shape == theirs.shape
-    # Theirs resizes tensors, ours images; the two round differently, by one grey level of 255 here and there.
+    # transformers resizes tensors and we resize images, which round differently: by one grey level (of 255) in some pixels.
     assert (prepared - theirs).abs().max() < 3 / 255 / min(ours.std)
     assert (prepared - theirs).abs().mean() < 0.5 / 255 / min(ours.std)
 
 
-def test_old_spellings_and_defaults_of_preprocessing() -> None:
-    """Feature extractors wrote sizes as bare numbers: exact for ViT and DeiT, the shorter side for BiT."""
-    vit = preprocessing("vit", ViTConfig(), {"feature_extractor_type": "ViTFeatureExtractor", "size": 384, "resample": 2})
+def test_old_processor_files_and_defaults() -> None:
+    """Feature extractors wrote sizes as single numbers: a square for ViT and DeiT, the shorter side for BiT."""
+    vit = preprocessing_from_processor(
+        "vit", ViTConfig(), {"feature_extractor_type": "ViTFeatureExtractor", "size": 384, "resample": 2}
+    )
     assert (vit.size, vit.resize, vit.mean, vit.interpolation) == ((384, 384), (384, 384), (0.5, 0.5, 0.5), "bilinear")
-    deit = preprocessing("deit", ViTConfig(), {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224})
+    deit = preprocessing_from_processor(
+        "deit", ViTConfig(), {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224}
+    )
     assert (deit.size, deit.resize, deit.interpolation) == ((224, 224), (256, 256), "bicubic")
-    bit = preprocessing("dinov2", ViTConfig(), {"image_processor_type": "BitImageProcessor", "size": 256, "resample": 1})
+    bit = preprocessing_from_processor(
+        "dinov2", ViTConfig(), {"image_processor_type": "BitImageProcessor", "size": 256, "resample": 1}
+    )
     assert (bit.size, bit.resize, bit.interpolation) == ((224, 224), 256, "lanczos")
-    unnamed = preprocessing("dinov2", ViTConfig(), {"size": {"shortest_edge": 100}, "crop_size": 96, "resample": 0})
+    unnamed = preprocessing_from_processor(
+        "dinov2", ViTConfig(), {"size": {"shortest_edge": 100}, "crop_size": 96, "resample": 0}
+    )
     assert (unnamed.size, unnamed.resize, unnamed.interpolation) == ((96, 96), 100, "nearest")
 
 
@@ -192,12 +204,12 @@ def test_old_spellings_and_defaults_of_preprocessing() -> None:
     ],
 )
 def test_without_a_processor_file(model_type: str, config: ViTConfig, size: Any, resize: Any, mean: float) -> None:
-    usual = preprocessing(model_type, config, None)
+    usual = preprocessing_from_processor(model_type, config, None)
     assert (usual.size, usual.resize, usual.mean[0]) == (size, resize, mean)
     assert usual(Image.fromarray(np.zeros((500, 600, 3), np.uint8))).shape == (3, *size)
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_explain_the_problem(tmp_path: Path) -> None:
     theirs = _theirs("ViT with a head")
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -206,11 +218,14 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
 
     rewrite(model_type="swin")
-    with pytest.raises(InputError, match=r"type is 'swin'; supported are vit, vit_mae, deit, dinov2, dinov2_with_registers\)"):
+    with pytest.raises(
+        InputError, match=r"model_type is 'swin'; supported are vit, vit_mae, deit, dinov2, dinov2_with_registers\)"
+    ):
         load_model(tmp_path)
     rewrite(hidden_act="gelu_pytorch_tanh")
     with pytest.raises(
-        InputError, match=r"activation 'gelu_pytorch_tanh'; VisionTransformer knows gelu, quick_gelu and swiglu; a library's"
+        InputError,
+        match=r"activation 'gelu_pytorch_tanh'; VisionTransformer supports gelu, quick_gelu and swiglu\); models of other",
     ):
         load_model(tmp_path, num_heads=4)
     rewrite(num_hidden_layers=3)
@@ -221,13 +236,13 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         load_model(tmp_path)
     rewrite()
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor", "size": {"pixels": 9}}')
-    with pytest.raises(InputError, match=r"gives a size as \{'pixels': 9\}; known are"):
+    with pytest.raises(InputError, match=r"gives a size as \{'pixels': 9\}; supported are height and width"):
         load_model(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor", "resample": 7}')
-    with pytest.raises(InputError, match=r"resampling 7; known are 0 to 3"):
+    with pytest.raises(InputError, match=r"resample=7; supported are 0 to 3"):
         load_model(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"preprocessor_config\.json is not readable as JSON"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is not valid JSON"):
         load_model(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Our own models, saved and read back."""
+"""Our own models, saved and loaded again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vit_probe import InputError, Preprocessing, VisionTransformer, ViTConfig, l
 from vit_probe.models.config import ResNetConfig
 
 CONFIGS = {
-    "heads that the width does not tell": ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=192, depth=1, num_heads=6),
+    "twice the published number of heads": ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=192, depth=1, num_heads=6),
     "learned_2d": ViTConfig(image_size=32, patch_size=(8, 16), embed_dim=32, depth=2, num_heads=4, position="learned_2d"),
     "sincos_2d": ViTConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, position="sincos_2d"),
     "hybrid": ViTConfig(
@@ -22,31 +22,31 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_model_comes_back_as_it_was(config: ViTConfig, tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_unchanged(config: ViTConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(config).eval()
     torch.nn.init.normal_(model.head.weight)
     model.preprocessing = Preprocessing(size=(32, 48), resize=(40, 60), mean=(0.1, 0.2, 0.3), interpolation="bilinear")
-    again = load_model(save_model(model, tmp_path / "mine.safetensors"))
-    assert again.config == config
-    assert again.preprocessing == model.preprocessing
-    assert again.name == "mine.safetensors"
+    loaded = load_model(save_model(model, tmp_path / "mine.safetensors"))
+    assert loaded.config == config
+    assert loaded.preprocessing == model.preprocessing
+    assert loaded.name == "mine.safetensors"
     images = torch.rand(2, 3, *config.image_size)
     with torch.no_grad():
-        torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
+        torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
-def test_half_precision_is_half_the_file(tmp_path: Path) -> None:
+def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     model = VisionTransformer(CONFIGS["learned_2d"])
-    whole = save_model(model, tmp_path / "whole.safetensors").stat().st_size
+    full = save_model(model, tmp_path / "full.safetensors").stat().st_size
     half = save_model(model.half(), tmp_path / "half.safetensors")
-    assert half.stat().st_size < 0.6 * whole
+    assert half.stat().st_size < 0.6 * full
     assert load_model(half).blocks[0].norm1.weight.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
-def test_an_override_goes_before_the_file(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     model = VisionTransformer(CONFIGS["learned_2d"])
     path = save_model(model, tmp_path / "mine.safetensors")
     assert load_model(path, num_classes=0).config == replace(model.config, num_classes=0)
@@ -54,6 +54,6 @@ def test_an_override_goes_before_the_file(tmp_path: Path) -> None:
         load_model(path, depth=3)
 
 
-def test_another_ending(tmp_path: Path) -> None:
+def test_another_suffix_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"saved as \.safetensors, got the path .*mine\.pt"):
         save_model(VisionTransformer(CONFIGS["learned_2d"]), tmp_path / "mine.pt")

@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 CLIP: dict[str, Any] = {"pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
 
-# What timm builds, and what its parameters cannot tell.
+# Arguments of timm's model, and overrides for what its parameters do not determine.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "no head": ({"num_classes": 0}, {}),
@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CLIP with quick GELU": (CLIP | {"act_layer": "quick_gelu"}, {"activation": "quick_gelu"}),
     "qk norm": ({"qk_norm": True}, {"num_heads": None}),
     "patches that are not square": ({"patch_size": (8, 16), "img_size": (48, 96)}, {}),
-    "one input channel less": ({"in_chans": 2}, {}),
+    "two input channels": ({"in_chans": 2}, {}),
 }
 
 
@@ -79,7 +79,7 @@ def test_distilled_deit_averages_two_heads(num_classes: int, tmp_path: Path) -> 
             assert_same(ours(images(*size)), theirs(images(*size)))
 
 
-def test_an_image_that_is_not_square_is_told_by_image_size(tmp_path: Path) -> None:
+def test_non_square_images_need_image_size(tmp_path: Path) -> None:
     theirs = randomize(VisionTransformer(**(TINY | {"img_size": (32, 56)})))
     save_file(theirs.state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_hybrids_agree_with_timm(name: str, tmp_path: Path) -> None:
         assert_same(ours.double().patch_embed.backbone(batch), stem, tolerance=1e-10)
 
 
-def test_a_folder_of_the_hub_says_what_shapes_do_not(tmp_path: Path) -> None:
+def test_a_hub_folder_states_what_shapes_do_not(tmp_path: Path) -> None:
     theirs = randomize(timm.create_model("vit_base_patch32_clip_quickgelu_224", depth=2, img_size=64, num_classes=5))
     timm.models.save_for_hf(theirs, tmp_path / "clip", safe_serialization=True)
     ours = load_model(tmp_path / "clip")
@@ -144,17 +144,17 @@ def test_a_published_size_with_timms_preprocessing(name: str, tmp_path: Path) ->
         assert_same(ours(prepared[None]), theirs(prepared[None]))
 
 
-def test_squash_is_an_exact_resize_and_border_is_not_expressible(tmp_path: Path) -> None:
-    from vit_probe.checkpoints.timm import from_state
+def test_squash_is_an_exact_resize_and_border_is_not_supported(tmp_path: Path) -> None:
+    from vit_probe.checkpoints.timm import from_state_dict
 
     state = randomize(VisionTransformer(**TINY)).state_dict()
     config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 48, 40], "crop_pct": 0.8}}
     config["pretrained_cfg"]["crop_mode"] = "squash"  # type: ignore[index]
-    squash = from_state(state, {"num_heads": 4}, config).preprocessing
+    squash = from_state_dict(state, {"num_heads": 4}, config).preprocessing
     assert squash is not None
     assert (squash.size, squash.resize, squash.interpolation) == ((48, 40), (60, 50), "bicubic")
     config["pretrained_cfg"]["crop_mode"] = "border"  # type: ignore[index]
-    assert from_state(state, {"num_heads": 4}, config).preprocessing is None
+    assert from_state_dict(state, {"num_heads": 4}, config).preprocessing is None
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", "teacher"])
@@ -170,7 +170,7 @@ def test_training_checkpoints_are_unwrapped(wrapper: str, prefix: str, tmp_path:
 
 
 def test_the_original_dinov2_names(tmp_path: Path) -> None:
-    """SwiGLU as w12 and w3, registers as register_tokens, the position table over the class token but not over registers."""
+    """SwiGLU is named w12 and w3, registers register_tokens; the position table covers the class token but no registers."""
     theirs = randomize(
         VisionTransformer(**(TINY | FAMILIES["SwiGLU"][0] | {"reg_tokens": 4, "no_embed_class": True, "num_classes": 0}))
     )
@@ -203,9 +203,9 @@ def _load(tmp_path: Path, change: dict[str, Any], remove: tuple[str, ...] = (), 
     load_model(tmp_path / "changed.safetensors", **overrides)
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_explain_the_problem(tmp_path: Path) -> None:
     heads = {"num_heads": 4}
-    with pytest.raises(InputError, match=r"number of attention heads cannot be told.*width of 32.*pass num_heads="):
+    with pytest.raises(InputError, match=r"how many attention heads a layer has.*width of 32; pass num_heads="):
         _load(tmp_path, {})
     with pytest.raises(InputError, match="embed_dim 32 is not divisible by num_heads 5"):
         _load(tmp_path, {}, num_heads=5)
@@ -227,7 +227,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         InputError, match=r"37 entries, which does not fit images of 64 x 64 pixels \(64 patches.*model\.resize"
     ):
         _load(tmp_path, {}, image_size=64, **heads)
-    with pytest.raises(InputError, match=r"no position table.*rotary.*pass position='none'"):
+    with pytest.raises(InputError, match=r"no position table.*pass position='none', .*rotary"):
         _load(tmp_path, {}, ("pos_embed",), **heads)
     with pytest.raises(InputError, match=r"hidden layer before the head \(pre_logits\).*pass num_classes=0"):
         _load(tmp_path, {"pre_logits.fc.weight": torch.zeros(32, 32)}, **heads)
@@ -235,15 +235,15 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     _load(tmp_path, {}, ("pos_embed",), position="none", **heads)
 
 
-def test_two_squares_ask_for_the_image_size(tmp_path: Path) -> None:
+def test_an_ambiguous_grid_needs_image_size(tmp_path: Path) -> None:
     """Nine entries are 3 x 3 patches, or 2 x 2 patches with a class token and four registers."""
     theirs = randomize(VisionTransformer(**(TINY | {"img_size": 16, "reg_tokens": 4})))
     save_file(theirs.state_dict(), tmp_path / "nine.safetensors")
     with pytest.raises(InputError, match=r"9 entries with 5 prefix tokens \(more than one square fits\)"):
         load_model(tmp_path / "nine.safetensors", num_heads=4)
-    for told in ({"image_size": 16}, {"position_prefix": 5}):
+    for overrides in ({"image_size": 16}, {"position_prefix": 5}):
         with torch.no_grad():
-            assert_same(load_model(tmp_path / "nine.safetensors", num_heads=4, **told)(images(16)), theirs(images(16)))
+            assert_same(load_model(tmp_path / "nine.safetensors", num_heads=4, **overrides)(images(16)), theirs(images(16)))
 
 
 @pytest.mark.parametrize(
@@ -254,20 +254,20 @@ def test_two_squares_ask_for_the_image_size(tmp_path: Path) -> None:
         (
             "vit_base_patch16_siglip_224",
             {"global_pool": "map"},
-            "pools its tokens by 'map'; VisionTransformer knows token, avg",
+            "pools its tokens by 'map'; VisionTransformer supports token, avg",
         ),
     ],
 )
-def test_architectures_that_compute_something_else_are_refused(architecture: str, extra: dict[str, Any], message: str) -> None:
-    from vit_probe.checkpoints.timm import from_state
+def test_architectures_that_compute_something_else_are_rejected(architecture: str, extra: dict[str, Any], message: str) -> None:
+    from vit_probe.checkpoints.timm import from_state_dict
 
     state = randomize(VisionTransformer(**TINY)).state_dict()
     with pytest.raises(InputError, match=message):
-        from_state(state, {"num_heads": 4}, {"architecture": f"{architecture}.v2_webli", **extra})
+        from_state_dict(state, {"num_heads": 4}, {"architecture": f"{architecture}.v2_webli", **extra})
 
 
 def test_every_parameter_matters(tmp_path: Path) -> None:
-    """The comparisons above would notice any parameter that is dropped, swapped or left at its initial value."""
+    """Changing any parameter changes the output, so the comparisons above notice one that is dropped, swapped or not loaded."""
     theirs = randomize(VisionTransformer(**(TINY | {"init_values": 1.0, "qk_norm": True, "reg_tokens": 2})))
     save_file(theirs.state_dict(), tmp_path / "all.safetensors")
     ours = load_model(tmp_path / "all.safetensors")

@@ -49,7 +49,7 @@ def test_the_published_base_size(tmp_path: Path) -> None:
     assert (ours.preprocessing.interpolation, ours.preprocessing.mean) == ("bilinear", (0.485, 0.456, 0.406))
 
 
-def test_the_first_releases_names_of_the_mlp(tmp_path: Path) -> None:
+def test_old_names_of_the_mlp(tmp_path: Path) -> None:
     theirs = _tiny()
     old = {
         name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
@@ -61,7 +61,7 @@ def test_the_first_releases_names_of_the_mlp(tmp_path: Path) -> None:
         assert_same(load_model(tmp_path / "old.safetensors", num_heads=4)(images(48)), theirs(images(48)))
 
 
-def test_a_representation_layer_can_be_left_out(tmp_path: Path) -> None:
+def test_a_hidden_layer_before_the_head_can_be_left_out(tmp_path: Path) -> None:
     theirs = _tiny(representation_size=16)
     save_file(theirs.state_dict(), tmp_path / "pre_logits.safetensors")
     with pytest.raises(InputError, match=r"hidden layer before the head \(heads\.pre_logits\).*pass num_classes=0"):

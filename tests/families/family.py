@@ -1,4 +1,4 @@
-"""What a test needs to know of a family of models: how to build one, what it is shown, and the library's own attention."""
+"""Model families for tests: how to build a small model, its input images, and the library's own attention."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Unfused:
-    """What a library computes without fused attention.
+    """A library's attention weights and output without fused attention.
 
     Args:
-        maps: By module path, softmax weights (image or window, head, query, key).
-        output: Of the whole model.
+        maps: Softmax weights (image or window, head, query, key) by module path.
+        output: Output of the whole model.
     """
 
     maps: dict[str, Tensor]
@@ -29,14 +29,15 @@ class Unfused:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where a library's own code puts the patches of a layer with windows.
+class WindowLayout:
+    """Where the patches of a layer with windows lie, according to the library's own code.
 
     Args:
-        rows, cols: Patches of this layer.
-        patch_size: Height and width of one, in pixels.
-        patches: (window, token) number of the patch, counted row by row; -1 for padding.
-        masked_pairs: (window, query, key) what must not be seen; None where the layer has no mask.
+        rows: Rows of patches in this layer.
+        cols: Columns of patches in this layer.
+        patch_size: Height and width of a patch in pixels.
+        patches: Index of each token's patch, row by row: (window, token); -1 for padding.
+        masked_pairs: Which pairs the layer's mask excludes: (window, query, key); None if the layer has no mask.
     """
 
     rows: int
@@ -48,21 +49,21 @@ class Placed:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of Vision Transformers of one library, as users know it.
+    """A family of Vision Transformers in one library, under the name by which users know it.
 
     Args:
-        library: Its name, as it is imported.
-        name: Of the family.
-        build: A small model for images of this height and width.
-        unfused: The library's own attention, computed without `scaled_dot_product_attention`.
+        library: Name under which the library is imported.
+        name: Name of the family.
+        build: Builds a small model for images of a height and width.
+        unfused: Computes the library's own attention without `scaled_dot_product_attention`.
         layers: Module path of each self-attention layer.
-        sizes: Images to try; the first is the usual one.
-        patch_size: Height and width of a patch, in pixels.
-        num_prefix_tokens: Tokens before the patches.
+        sizes: Image sizes to test; the first is the default.
+        patch_size: Height and width of a patch in pixels.
+        num_prefix_tokens: Number of tokens before the patches.
         has_cls_token: Whether one of them is a class token.
-        skipped: Attention that is not self-attention, with the reason.
-        windows: What the library's own partition says of the layers with windows, for images of this size.
-        listed: Whether README's table has it; what only a test needs is not there.
+        skipped: Module paths of attention that is not self-attention, with the reason.
+        windows: Returns the layout of each layer with windows according to the library's own partition, by layer number.
+        in_readme: Whether the README's table has a row for it; variants that only matter to tests have none.
     """
 
     library: str
@@ -75,14 +76,14 @@ class Family:
     num_prefix_tokens: int = 1
     has_cls_token: bool = True
     skipped: Mapping[str, str] = field(default_factory=dict)
-    windows: Callable[[nn.Module, Size], dict[int, Placed]] = lambda model, size: {}
-    listed: bool = True
+    windows: Callable[[nn.Module, Size], dict[int, WindowLayout]] = lambda model, size: {}
+    in_readme: bool = True
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 
     def model(self, size: Size | None = None) -> nn.Module:
-        """In evaluation mode, with weights far from those of a fresh model."""
+        """A small model in evaluation mode, with weights far from their initial values."""
         torch.manual_seed(0)
         return randomize(self.build(size or self.sizes[0]))
 
@@ -96,15 +97,15 @@ class Family:
 
 
 def blocks(pattern: str, depth: int = 2) -> tuple[str, ...]:
-    """The paths of `depth` layers."""
+    """Module paths of `depth` layers."""
     return tuple(pattern.format(layer) for layer in range(depth))
 
 
-def numbered(rows: int, cols: int) -> Tensor:
-    """Each patch's number from 1, (1, row, col, 1); a library's partition pads it with 0."""
+def patch_numbers(rows: int, cols: int) -> Tensor:
+    """Each patch's number from 1, shape (1, row, col, 1), to pass through a library's partition, which pads with 0."""
     return torch.arange(1.0, rows * cols + 1).view(1, rows, cols, 1)
 
 
-def unnumbered(windows: Tensor) -> Tensor:
-    """The numbers after the library's partition, (window, token): counted from 0, padding -1."""
+def patch_indices(windows: Tensor) -> Tensor:
+    """Each token's patch index from 0, shape (window, token), from the partitioned numbers; padding becomes -1."""
     return windows.flatten(1).long() - 1

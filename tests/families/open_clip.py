@@ -1,4 +1,4 @@
-"""The families of open_clip: the image towers of CLIP and CoCa."""
+"""open_clip's families: the image towers of CLIP and CoCa."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.families.family import Family, Size, blocks
 
 
 def tower(**options: Any) -> Any:
-    """A small image tower for images of a size."""
+    """Return a function that builds a small image tower for images of a size."""
     tiny = dict(patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16, attn_pooler_heads=2)
     return lambda size: VisionTransformer(image_size=size, **(tiny | options))
 
@@ -26,23 +26,23 @@ _open_clip = partial(
 )
 
 
-def _as_many_queries(size: Size) -> VisionTransformer:
-    """Only what the pooler's queries are tells them from self-attention, not how many."""
+def _one_query_per_token(size: Size) -> VisionTransformer:
+    """The attention pooler has as many queries as tokens, so that its shapes do not distinguish it from self-attention."""
     return tower(attentional_pool=True, attn_pooler_queries=size[0] * size[1] // 64 + 1)(size)
 
 
 FAMILIES = [
     _open_clip("CLIP", tower()),
-    _open_clip("CLIP, LayerScale", tower(ls_init_value=0.1, pool_type="avg", final_ln_after_pool=True), listed=False),
+    _open_clip("CLIP, LayerScale", tower(ls_init_value=0.1, pool_type="avg", final_ln_after_pool=True), in_readme=False),
     _open_clip(
         "CoCa",
         tower(attentional_pool=True, attn_pooler_queries=7),
         skipped={"attn_pool.attn": "7 queries for {tokens} keys"},
     ),
     _open_clip(
-        "CoCa, a query a token",
-        _as_many_queries,
-        skipped={"attn_pool.attn": "the queries are of one sequence, the keys of another"},
-        listed=False,
+        "CoCa, one query per token",
+        _one_query_per_token,
+        skipped={"attn_pool.attn": "the queries come from one sequence, the keys from another"},
+        in_readme=False,
     ),
 ]

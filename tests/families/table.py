@@ -1,6 +1,6 @@
-"""The table of families in README.md, each row measured by running the family.
+"""The README's table of model families, each row measured by running the family.
 
-python -m tests.families.table    # rewrites it
+python -m tests.families.table    # rewrites the table
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.families import torch as torch_modules
 from tests.families.checks import TOLERANCE, deviation
 from tests.families.family import Family
 from vit_probe import InputError, attention_rollout, mean_attention_distance, patch_filters, position_similarity
-from vit_probe.tokens.locate import find_token_grid
+from vit_probe.tokens.locate import locate_tokens
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
@@ -43,7 +43,7 @@ def _rollout(family: Family) -> str:
 
 
 def _positions(family: Family) -> str:
-    """`table` of position embeddings; `tokens` of a constant image, after the last layer."""
+    """`table` if position embeddings can be compared; `tokens` if tokens of a constant image can, after the last layer."""
     model, size = family.model(), family.sizes[0]
     kinds = []
     for kind, options in (("table", {}), ("tokens", {"image_size": size, "after_layers": len(family.layers)})):
@@ -68,11 +68,11 @@ def _non_square(family: Family) -> str:
     sizes = [size for size in family.sizes if size[0] != size[1]]
     if not sizes:
         return "no: the library takes squares"
-    return "yes" if all(find_token_grid(family.model(size), *size) == family.grid(size) for size in sizes) else "no"
+    return "yes" if all(locate_tokens(family.model(size), *size).grid == family.grid(size) for size in sizes) else "no"
 
 
 def _prefix_tokens(family: Family) -> str:
-    return str(find_token_grid(family.model(), *family.sizes[0]).num_prefix_tokens)
+    return str(locate_tokens(family.model(), *family.sizes[0]).grid.num_prefix_tokens)
 
 
 COLUMNS = {
@@ -87,17 +87,17 @@ COLUMNS = {
 
 
 def render() -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     header = ["library", "family", *COLUMNS]
     lines = [header, ["---"] * len(header)]
     with torch.random.fork_rng():
-        for family in (family for library in LIBRARIES for family in library.FAMILIES if family.listed):
+        for family in (family for library in LIBRARIES for family in library.FAMILIES if family.in_readme):
             lines.append([family.library, family.name, *(column(family) for column in COLUMNS.values())])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def section(text: str) -> str:
-    """What stands between the markers."""
+    """Return the text between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md must have one {BEGIN} and one {END}")
     return text.partition(BEGIN)[2].partition(END)[0].strip()
@@ -105,12 +105,11 @@ def section(text: str) -> str:
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    old = section(text)
+    old_table, new_table = section(text), render()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    new = render()
-    README.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
-    print("unchanged" if new == old else "rewritten")
+    README.write_text(f"{before}{BEGIN}\n{new_table}\n{END}{after}", encoding="utf-8")
+    print("unchanged" if new_table == old_table else "rewritten")
 
 
 if __name__ == "__main__":

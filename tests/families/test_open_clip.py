@@ -1,4 +1,4 @@
-"""open_clip's image towers, untouched."""
+"""Measuring open_clip's unmodified image towers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's table of families says what the families do."""
+"""The README's table of model families is up to date."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.families.table import BEGIN, END, README, render, section
 
 
-def test_readme_has_the_table_of_families_as_they_are() -> None:
+def test_the_readmes_table_is_up_to_date() -> None:
     text = README.read_text(encoding="utf-8")
     assert section(text) == render(), "README.md's table of families is stale; run: python -m tests.families.table"
 

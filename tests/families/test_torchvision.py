@@ -1,4 +1,4 @@
-"""torchvision's models, untouched."""
+"""Measuring torchvision's unmodified models."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class TestPrecision(PrecisionChecks):
     pass
 
 
-def test_the_fast_path_calls_no_fused_attention_and_is_seen_all_the_same() -> None:
+def test_attention_of_the_fast_path_is_recorded_without_fused_attention() -> None:
     check_fast_path(FAMILIES[0])

@@ -1,4 +1,4 @@
-"""The families of timm, and their attention with `fused_attn = False`."""
+"""timm's families, and their attention with `fused_attn = False`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from timm.models.vision_transformer_sam import window_partition as sam_window_pa
 from torch import Tensor, nn
 
 from tests.example_models import output
-from tests.families.family import Family, Placed, Size, Unfused, blocks, numbered, unnumbered
+from tests.families.family import Family, Size, Unfused, WindowLayout, blocks, patch_indices, patch_numbers
 
 TINY: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5)
 
 
 def unfused(model: nn.Module, images: Tensor, layers: tuple[str, ...]) -> Unfused:
-    """timm's own softmax, which it hands to its attention dropout."""
+    """timm's own softmax weights, which are the input of its attention dropout."""
     model, maps = copy.deepcopy(model), {}
     for name, module in model.named_modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
         if name in layers:
-            module.attn_drop.register_forward_pre_hook(_keep(maps, name, module.num_heads))
+            module.attn_drop.register_forward_pre_hook(_record_weights(maps, name, module.num_heads))
     return Unfused(maps, output(model(images)))
 
 
-def _keep(maps: dict[str, Tensor], name: str, heads: int) -> Any:
+def _record_weights(maps: dict[str, Tensor], name: str, heads: int) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         maps[name] = args[0].unflatten(0, (-1, heads)) if args[0].ndim == 3 else args[0]  # SAM folds heads into the batch
 
@@ -41,12 +41,12 @@ def _keep(maps: dict[str, Tensor], name: str, heads: int) -> Any:
 
 
 def _named(name: str, **options: Any) -> Any:
-    """timm's model of this name, but small."""
+    """Return a function that builds a small version of timm's model of this name."""
     return lambda size: timm.create_model(name, img_size=size, **(TINY | dict(patch_size=8) | options))
 
 
 def _hybrid(size: Size) -> nn.Module:
-    """As `vit_base_r50_s16_224` is built, with fewer and thinner stages."""
+    """Like `vit_base_r50_s16_224`, with fewer and narrower stages."""
     stem = ResNetV2(
         layers=(1, 1), channels=(128, 256), stem_chs=32, num_classes=0, global_pool="", preact=False, stem_type="same",
         conv_layer=partial(StdConv2dSame, eps=1e-8),
@@ -55,7 +55,7 @@ def _hybrid(size: Size) -> nn.Module:
 
 
 def sam(size: Size) -> VisionTransformerSAM:
-    """Windows of 3 x 3 patches, but for the second layer; relative positions."""
+    """Windows of 3 x 3 patches, except in the second layer; relative positions."""
     return VisionTransformerSAM(
         img_size=size, patch_size=8, window_size=3, global_attn_indexes=(1,), use_rel_pos=True, neck_chans=16,
         **(TINY | dict(depth=3)),
@@ -66,34 +66,38 @@ def swin(size: Size, **options: Any) -> SwinTransformer:
     """Windows of 3 x 3 patches, shifted in every second layer; patches are merged after two."""
     set_fused_attn(True, experimental=True)
     try:
-        given = dict(img_size=size, patch_size=4, window_size=3, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5)
-        return SwinTransformer(**(given | options))
+        defaults = dict(
+            img_size=size, patch_size=4, window_size=3, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5
+        )
+        return SwinTransformer(**(defaults | options))
     finally:
         set_fused_attn(True)
 
 
-def _sam_windows(model: VisionTransformerSAM, size: Size) -> dict[int, Placed]:
+def _sam_windows(model: VisionTransformerSAM, size: Size) -> dict[int, WindowLayout]:
     rows, cols = size[0] // 8, size[1] // 8
     return {
-        layer: Placed(rows, cols, (8, 8), unnumbered(sam_window_partition(numbered(rows, cols), block.window_size)[0]))
+        layer: WindowLayout(
+            rows, cols, (8, 8), patch_indices(sam_window_partition(patch_numbers(rows, cols), block.window_size)[0])
+        )
         for layer, block in enumerate(model.blocks)
         if block.window_size
     }
 
 
-def _swin_windows(model: SwinTransformer, size: Size) -> dict[int, Placed]:
-    placed = {}
+def _swin_windows(model: SwinTransformer, size: Size) -> dict[int, WindowLayout]:
+    layouts = {}
     for stage, layer in enumerate(model.layers):
         patch = 4 * 2**stage
         rows, cols = -(-size[0] // patch), -(-size[1] // patch)
         for block in layer.blocks:
             (down, right), (height, width) = block.shift_size, block.window_size
-            shifted = torch.roll(numbered(rows, cols), (-down, -right), (1, 2))
+            shifted = torch.roll(patch_numbers(rows, cols), (-down, -right), (1, 2))
             padded = nn.functional.pad(shifted, (0, 0, 0, -cols % width, 0, -rows % height))
             masked = None if block.attn_mask is None else block.attn_mask < -50
-            patches = unnumbered(window_partition(padded, block.window_size))
-            placed[len(placed)] = Placed(rows, cols, (patch, patch), patches, masked)
-    return placed
+            patches = patch_indices(window_partition(padded, block.window_size))
+            layouts[len(layouts)] = WindowLayout(rows, cols, (patch, patch), patches, masked)
+    return layouts
 
 
 _BLOCKS = blocks("blocks.{}.attn")

@@ -1,4 +1,4 @@
-"""Models made of torch's own modules."""
+"""Families of models made of torch's own modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.families.family import Family, blocks
 
 
 class Patches(nn.Module):
-    """A convolution that makes patches of 8 x 8 pixels, and positions; subclasses attend over the patches."""
+    """A patch embedding of 8 x 8 pixels with learned positions; subclasses add attention over the patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def encoder_layer(**options: bool) -> nn.TransformerEncoderLayer:
 
 
 class Encoder(Patches):
-    """`nn.TransformerEncoder`, which has a fast path of its own."""
+    """`nn.TransformerEncoder`, which has its own fast path."""
 
     def __init__(self, *, batch_first: bool = True, norm_first: bool = False) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class Encoder(Patches):
         return self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
 
 
-class Weighing(Patches):
-    """Uses the weights that `nn.MultiheadAttention` returns, of each head or their mean."""
+class UsesAttentionWeights(Patches):
+    """Uses the weights that `nn.MultiheadAttention` returns, per head or averaged over heads."""
 
     def __init__(self, *, average: bool) -> None:
         super().__init__()
@@ -52,15 +52,15 @@ class Weighing(Patches):
         self.average = average
 
     def forward(self, images: Tensor) -> Tensor:
-        x, sums = self.tokens(images), torch.zeros(())
+        x, scale = self.tokens(images), torch.zeros(())
         for attention in self.attention:
             mixed, weights = attention(x, x, x, need_weights=True, average_attn_weights=self.average)
-            x, sums = x + mixed, sums + weights.square().sum((1, -1) if self.average else (1, 2, 3))
-        return x * sums.view(len(x), -1, 1)[:, : x.shape[1]]
+            x, scale = x + mixed, scale + weights.square().sum((1, -1) if self.average else (1, 2, 3))
+        return x * scale.view(len(x), -1, 1)[:, : x.shape[1]]
 
 
 class Decoder(Patches):
-    """An encoder layer, and a decoder layer whose queries are as many as what it looks at."""
+    """An encoder layer, and a decoder layer with as many queries as keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class Decoder(Patches):
         return self.decoder(x, self.encoder(x))
 
 
-class Cross(nn.Module):
-    """Fused attention of one sequence to another."""
+class CrossAttention(nn.Module):
+    """Fused attention from one sequence to another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,25 +81,26 @@ class Cross(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         q, k, v = (
-            linear(of).unflatten(-1, (2, 16)).transpose(1, 2) for linear, of in zip(self.qkv, (x, memory, memory), strict=True)
+            linear(tokens).unflatten(-1, (2, 16)).transpose(1, 2)
+            for linear, tokens in zip(self.qkv, (x, memory, memory), strict=True)
         )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-class Crossing(Patches):
-    """Two encoder layers, and between them cross-attention from the patches to the patches upside down."""
+class EncoderWithCrossAttention(Patches):
+    """Two encoder layers, and between them cross-attention from the patches to those of the vertically flipped image."""
 
     def __init__(self) -> None:
         super().__init__()
         self.before, self.after = encoder_layer(batch_first=True), encoder_layer(batch_first=True)
-        self.cross = Cross()
+        self.cross = CrossAttention()
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.before(self.tokens(images))
         return self.after(x + self.cross(x, self.tokens(images.flip(2))))
 
 
-OTHERS = "the queries are of one sequence, the keys of another"
+CROSS_ATTENTION = "the queries come from one sequence, the keys from another"
 _torch = partial(
     Family,
     "torch",
@@ -111,33 +112,35 @@ _torch = partial(
 _ENCODER = blocks("encoder.layers.{}.self_attn")
 FAMILIES = [
     _torch("nn.TransformerEncoder", lambda size: Encoder(), layers=_ENCODER),
-    _torch("nn.TransformerEncoder, norm_first", lambda size: Encoder(norm_first=True), layers=_ENCODER, listed=False),
-    _torch("nn.TransformerEncoder, tokens first", lambda size: Encoder(batch_first=False), layers=_ENCODER, listed=False),
+    _torch("nn.TransformerEncoder, norm_first", lambda size: Encoder(norm_first=True), layers=_ENCODER, in_readme=False),
+    _torch("nn.TransformerEncoder, tokens first", lambda size: Encoder(batch_first=False), layers=_ENCODER, in_readme=False),
     _torch(
         "nn.TransformerEncoder, tokens first, norm_first",
         lambda size: Encoder(batch_first=False, norm_first=True),
         layers=_ENCODER,
-        listed=False,
+        in_readme=False,
     ),
-    _torch("nn.MultiheadAttention with weights", lambda size: Weighing(average=False), layers=blocks("attention.{}")),
+    _torch(
+        "nn.MultiheadAttention with weights", lambda size: UsesAttentionWeights(average=False), layers=blocks("attention.{}")
+    ),
     _torch(
         "nn.MultiheadAttention with mean weights",
-        lambda size: Weighing(average=True),
+        lambda size: UsesAttentionWeights(average=True),
         layers=blocks("attention.{}"),
-        listed=False,
+        in_readme=False,
     ),
     _torch(
         "nn.TransformerDecoderLayer",
         lambda size: Decoder(),
         layers=("encoder.self_attn", "decoder.self_attn"),
-        skipped={"decoder.multihead_attn": OTHERS},
-        listed=False,
+        skipped={"decoder.multihead_attn": CROSS_ATTENTION},
+        in_readme=False,
     ),
     _torch(
         "cross-attention by scaled_dot_product_attention",
-        lambda size: Crossing(),
+        lambda size: EncoderWithCrossAttention(),
         layers=("before.self_attn", "after.self_attn"),
-        skipped={"cross": OTHERS},
-        listed=False,
+        skipped={"cross": CROSS_ATTENTION},
+        in_readme=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""The families of transformers, and their attention with `attn_implementation="eager"`."""
+"""transformers' families, and their attention with `attn_implementation="eager"`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from transformers.models.swin.modeling_swin import window_partition
 
 from tests.example_models import output, transformers_vit
-from tests.families.family import Family, Placed, Size, Unfused, blocks, numbered, unnumbered
+from tests.families.family import Family, Size, Unfused, WindowLayout, blocks, patch_indices, patch_numbers
 
 
 def unfused(model: nn.Module, images: Tensor, layers: tuple[str, ...]) -> Unfused:
-    """The attention weights that the same model's layers return in its eager implementation."""
+    """The attention weights that the layers of the same model return in the eager implementation."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     eager, maps = type(model)(config).eval(), {}
     eager.load_state_dict(model.state_dict())
     for name in layers:
-        eager.get_submodule(name).register_forward_hook(_keep(maps, name, config.num_attention_heads))
+        eager.get_submodule(name).register_forward_hook(_record_weights(maps, name, config.num_attention_heads))
     return Unfused(maps, output(eager(images, **getattr(model.forward, "keywords", {}))))
 
 
-def _keep(maps: dict[str, Tensor], name: str, heads: Any) -> Any:
+def _record_weights(maps: dict[str, Tensor], name: str, heads: Any) -> Any:
     def hook(module: nn.Module, args: Any, result: tuple[Tensor, Tensor]) -> None:
         weights = result[1]
         maps[name] = weights.unflatten(0, (-1, heads)) if weights.ndim == 3 else weights  # SAM folds heads into the batch
@@ -33,18 +33,18 @@ def _keep(maps: dict[str, Tensor], name: str, heads: Any) -> Any:
     return hook
 
 
-def _for_its_size(name: str, **options: Any) -> Any:
-    """Built for images of each size."""
+def _built_for_each_size(name: str, **options: Any) -> Any:
+    """Return a function that builds a model for images of each size."""
     return lambda size: transformers_vit(name, image_size=size, **options)
 
 
-def _of_any_size(name: str, **options: Any) -> Any:
-    """Built for images of 32 x 32 pixels, whatever they are then."""
+def _built_for_size_32(name: str, **options: Any) -> Any:
+    """Return a function that always builds a model for 32 x 32 pixels; the library itself adapts it to other sizes."""
     return lambda size: transformers_vit(name, image_size=32, **options)
 
 
 def _interpolating(name: str) -> Any:
-    """Built for images of 32 x 32 pixels; its table of positions is resized for others."""
+    """Return a function that builds a model for 32 x 32 pixels and interpolates its position table for other sizes."""
 
     def build(size: Size) -> nn.Module:
         model = transformers_vit(name, image_size=32)
@@ -56,7 +56,7 @@ def _interpolating(name: str) -> Any:
 
 
 def _sam(size: Size) -> nn.Module:
-    """Windows of 3 x 3 patches, but for the second layer."""
+    """Windows of 3 x 3 patches, except in the second layer."""
     return transformers_vit(
         "SamVision",
         image_size=size[0],
@@ -76,27 +76,29 @@ def _swin(size: Size) -> nn.Module:
     return transformers.SwinModel(config).eval()
 
 
-def _sam_windows(model: Any, size: Size) -> dict[int, Placed]:
+def _sam_windows(model: Any, size: Size) -> dict[int, WindowLayout]:
     rows, cols = size[0] // 8, size[1] // 8
     return {
-        number: Placed(rows, cols, (8, 8), unnumbered(layer.window_partition(numbered(rows, cols), layer.window_size)[0]))
-        for number, layer in enumerate(model.vision_encoder.layers)
+        index: WindowLayout(
+            rows, cols, (8, 8), patch_indices(layer.window_partition(patch_numbers(rows, cols), layer.window_size)[0])
+        )
+        for index, layer in enumerate(model.vision_encoder.layers)
         if layer.window_size
     }
 
 
-def _swin_windows(model: Any, size: Size) -> dict[int, Placed]:
-    placed = {}
-    for stage, stages in enumerate(model.encoder.layers):
+def _swin_windows(model: Any, size: Size) -> dict[int, WindowLayout]:
+    layouts = {}
+    for stage, module in enumerate(model.encoder.layers):
         patch = 4 * 2**stage
         rows, cols = -(-size[0] // patch), -(-size[1] // patch)
-        for layer in stages.blocks:
+        for layer in module.blocks:
             layer.set_shift_and_window_size((rows, cols))
-            padded, _ = layer.maybe_pad(numbered(rows, cols), rows, cols)
+            padded, _ = layer.maybe_pad(patch_numbers(rows, cols), rows, cols)
             mask = layer.get_attn_mask(*padded.shape[1:3], padded.dtype, padded.device)
-            patches = unnumbered(window_partition(layer.cyclic_shift(padded), layer.window_size))
-            placed[len(placed)] = Placed(rows, cols, (patch, patch), patches, None if mask is None else mask < -50)
-    return placed
+            patches = patch_indices(window_partition(layer.cyclic_shift(padded), layer.window_size))
+            layouts[len(layouts)] = WindowLayout(rows, cols, (patch, patch), patches, None if mask is None else mask < -50)
+    return layouts
 
 
 _SIZES = ((32, 48), (40, 24), (48, 48))
@@ -106,18 +108,18 @@ _VIT, _DINO, _CLIP = (
 )
 
 FAMILIES = [
-    _family("ViT", _for_its_size("ViT"), layers=_VIT),
-    _family("DeiT", _for_its_size("DeiT"), layers=_VIT, num_prefix_tokens=2),
-    _family("DINOv2", _of_any_size("Dinov2"), layers=_DINO),
+    _family("ViT", _built_for_each_size("ViT"), layers=_VIT),
+    _family("DeiT", _built_for_each_size("DeiT"), layers=_VIT, num_prefix_tokens=2),
+    _family("DINOv2", _built_for_size_32("Dinov2"), layers=_DINO),
     _family(
         "DINOv2 with registers",
-        _of_any_size("Dinov2WithRegisters", num_register_tokens=4, use_swiglu_ffn=True),
+        _built_for_size_32("Dinov2WithRegisters", num_register_tokens=4, use_swiglu_ffn=True),
         layers=_DINO,
         num_prefix_tokens=5,
     ),
     _family(
         "DINOv3",
-        _of_any_size("DINOv3ViT", num_register_tokens=4),
+        _built_for_size_32("DINOv3ViT", num_register_tokens=4),
         layers=blocks("model.layer.{}.attention"),
         num_prefix_tokens=5,
     ),
@@ -130,8 +132,8 @@ FAMILIES = [
         has_cls_token=False,
         skipped={"head.attention": "1 query for {tokens} keys"},
     ),
-    _family("BEiT", _for_its_size("Beit", use_relative_position_bias=True), layers=_VIT),
-    _family("I-JEPA", _for_its_size("IJepa"), layers=_VIT, num_prefix_tokens=0, has_cls_token=False),
+    _family("BEiT", _built_for_each_size("Beit", use_relative_position_bias=True), layers=_VIT),
+    _family("I-JEPA", _built_for_each_size("IJepa"), layers=_VIT, num_prefix_tokens=0, has_cls_token=False),
     _family(
         "SAM",
         _sam,

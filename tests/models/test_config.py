@@ -85,7 +85,8 @@ def test_prefix_tokens() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"embed_dim": 100, "num_heads": 12}, "embed_dim 100 is not divisible by num_heads 12"),
+        ({"embed_dim": 100, "num_heads": 12}, "embed_dim 100 is not divisible by num_heads 12; change one, or set head_dim"),
+        ({"head_dim": 0}, "head_dim must be at least 1, or None for embed_dim / num_heads; got 0"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"drop_path": 1.0}, "drop_path must be a rate from 0 to below 1, got 1.0"),
         ({"dropout": -0.1}, "dropout must be a rate from 0 to below 1, got -0.1"),
@@ -93,7 +94,10 @@ def test_prefix_tokens() -> None:
         ({"image_size": (224, 0)}, r"image_size must be a positive int or a pair \(height, width\) of them, got \(224, 0\)"),
         ({"patch_size": (4, 4, 4)}, r"patch_size must be a positive int or a pair .* got \(4, 4, 4\)"),
         ({"pooling": "max"}, "pooling must be one of token, avg, token\\+avg, distilled; got 'max'"),
-        ({"position": "rope"}, "position must be one of none, learned_1d, learned_2d, sincos_2d; got 'rope'"),
+        (
+            {"position": "rope"},
+            "position must be one of none, learned_1d, learned_2d, sincos_2d, relative, rope_2d; got 'rope'",
+        ),
         ({"activation": "relu"}, "activation must be one of gelu, quick_gelu, swiglu; got 'relu'"),
         ({"position_resampling": "area"}, "position_resampling must be one of bicubic-antialias, bicubic, bicubic-align"),
         ({"class_token": False}, "pooling 'token' needs a class token; set class_token=True or pooling='avg'"),
@@ -107,6 +111,23 @@ def test_prefix_tokens() -> None:
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ViTConfig(**fields)
+
+
+def test_the_width_of_a_head() -> None:
+    """Given, it need not divide the width: the projections go there and back. Counted by hand, as above."""
+    config = ViTConfig.variant("B/16", head_dim=50)
+    assert (config.dim_per_head, ViTConfig.variant("B/16").dim_per_head) == (50, 64)
+    assert ViTConfig(embed_dim=100, num_heads=12, head_dim=7).dim_per_head == 7
+    saved = 12 * (768 * 3 * 12 * 14 + 3 * 12 * 14 + 12 * 14 * 768)
+    assert parameters(config) == parameters(ViTConfig.variant("B/16")) - saved
+    assert parameters(ViTConfig.variant("B/16", head_dim=64)) == parameters(ViTConfig.variant("B/16"))
+
+
+def test_parameters_of_positions_in_the_attention() -> None:
+    """A table of 2 * 196 - 1 offsets of 64 channels in each of 12 layers, and nothing for rotations."""
+    without = parameters(ViTConfig.variant("B/16", position="none"))
+    assert parameters(ViTConfig.variant("B/16", position="relative")) == without + 12 * 391 * 64
+    assert parameters(ViTConfig.variant("B/16", position="rope_2d")) == without
 
 
 def test_unknown_variants() -> None:

@@ -120,7 +120,7 @@ def test_a_table_of_sines_stays() -> None:
 
 def test_a_frozen_model_does_not_tell_what_was_trained() -> None:
     model = small_vit().requires_grad_(False)
-    with pytest.raises(InputError, match=r"VisionTransformer is frozen, .* call requires_grad_\(True\) on what was trained"):
+    with pytest.raises(InputError, match=r"VisionTransformer is frozen, .* call requires_grad_\(True\) on the parameters"):
         random_weights(model)
     frozen_layers = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)  # no table among them
     assert not torch.equal(random_weights(frozen_layers)[0].weight, frozen_layers[0].weight)  # type: ignore[index]
@@ -157,7 +157,7 @@ class Demanding(nn.Linear):
     ("model", "message"),
     [
         (Stuck(), r"Stuck cannot be copied \(TypeError: cannot pickle '_thread.lock' object\); pass a model as it was built"),
-        (Quantised(), r"packed of Quantised is of torch.int8, .* load the model without quantisation"),
+        (Quantised(), r"packed of Quantised is torch.int8, .* load the model without quantisation"),
         (Demanding(2, 2), r"a Demanding cannot be reset \(TypeError: reset_parameters\(\) needs a scale\)"),
     ],
 )

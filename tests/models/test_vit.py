@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from tests import reference
 from tests.checkpoints.parity import assert_same, images, randomize
+from tests.example_models import Assemble
+from vit_probe import attention_hooks, load_model, mean_attention_distance, save_model
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
-from vit_probe.models.config import ResNetConfig, ViTConfig
+from vit_probe.models.config import Position, ResNetConfig, ViTConfig
 from vit_probe.models.layers import DropPath
 from vit_probe.models.position_embedding import resize_position_embedding
 from vit_probe.models.vit import VisionTransformer
@@ -93,7 +99,7 @@ def test_norm_after_pooling() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(48, 48), (64, 40)])
-@pytest.mark.parametrize("position", ["learned_1d", "learned_2d", "sincos_2d", "none"])
+@pytest.mark.parametrize("position", get_args(Position))
 def test_positions_tell_patches_apart(position: str, size: tuple[int, int]) -> None:
     """Swapping two patches changes the class token's output, unless there are no positions."""
     model = tiny(position=position)
@@ -131,7 +137,7 @@ def test_sines_are_fixed_and_the_literal_ones() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("resampling", ["bicubic-antialias", "bicubic", "bicubic-align-corners"])
 def test_resizing_once_is_resizing_on_the_fly(resampling: str) -> None:
-    for position in ("learned_1d", "learned_2d", "sincos_2d", "none"):
+    for position in get_args(Position):
         model = tiny(position=position, position_resampling=resampling, num_registers=2)
         native = model(images(48))
         on_the_fly = model(images(64, 40))
@@ -220,6 +226,139 @@ def test_a_stem_of_ones_own() -> None:
     assert out.shape == (2, 46, 32)
     with pytest.raises(InputError, match=r"stem returned a map of shape \(2, 30, 6, 6\).*calls for \(batch, 32, 6, 6\)"):
         VisionTransformer(TINY, stem=ConvStem(30))(images(48))
+
+
+def test_a_stem_given_twice() -> None:
+    with pytest.raises(InputError, match=r"stem=ConvStem contradicts ResNetConfig\(layers=\(1, 1\), .*; pass one of them"):
+        VisionTransformer(replace(TINY, stem=ResNetConfig((1, 1)), patch_size=1), stem=ConvStem())
+
+
+def test_modules_of_ones_own_keep_their_weights_and_cannot_be_saved(tmp_path: Path) -> None:
+    """The configuration does not describe them, so that nothing could build the model again."""
+    stem = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Linear(6, 6))
+    stem[1].weight.data.fill_(7)
+    model = VisionTransformer(TINY, stem=stem)
+    assert (stem[1].weight == 7).all()
+    with pytest.raises(InputError, match=r"does not describe its Sequential; save its state_dict\(\) instead"):
+        save_model(model, tmp_path / "mine.safetensors")
+    with pytest.raises(InputError, match="does not describe its TransformerEncoder"):
+        save_model(VisionTransformer(TINY, encoder=torch_encoder()), tmp_path / "mine.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def torch_encoder(**options: Any) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, **(dict(batch_first=True) | options))
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def literal_encoder(encoder: Any, x: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """PyTorch's post-norm encoder from its own weights: tokens, and attention (layer, batch, head, query, key)."""
+    maps = []
+    for layer in encoder.layers:
+        projected = nn.functional.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+        query, key, value = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+        maps.append(reference.softmax_attention(query, key, 8**-0.5))
+        mixed = (torch.from_numpy(maps[-1]) @ value).transpose(1, 2).flatten(2)
+        x = layer.norm1(x + layer.self_attn.out_proj(mixed))
+        x = layer.norm2(x + layer.linear2(nn.functional.relu(layer.linear1(x))))
+    return x, np.stack(maps)
+
+
+@torch.no_grad()
+def test_an_encoder_of_ones_own_is_measured() -> None:
+    """Positions before it, final norm and head after it; attention distances are those of the encoder's own weights."""
+    model = randomize(VisionTransformer(replace(TINY, num_registers=1), encoder=torch_encoder())).double()
+    assert isinstance(model.encoder, nn.TransformerEncoder)
+    assert not len(model.blocks)  # type: ignore[arg-type]
+    batch = images(40, 48).double()
+    tokens, maps = literal_encoder(model.encoder, model._embed(batch))  # type: ignore[operator]
+    torch.testing.assert_close(model.forward_features(batch), model.norm(tokens))  # type: ignore[operator]
+    torch.testing.assert_close(model(batch), model.head(model.norm(tokens)[:, 0]))  # type: ignore[operator]
+    result = mean_attention_distance(model, batch, device="cpu")
+    expected = reference.mean_attention_distance(maps, 5, 6, (8, 8), 2, "renormalize").mean
+    np.testing.assert_allclose(result.distance, expected, rtol=1e-5)
+    with attention_hooks(model, seen := Assemble(), verify=True):
+        model(batch)
+    np.testing.assert_allclose(seen.attention(), maps, atol=1e-6)
+    assert seen.names == {0: "encoder.layers.0.self_attn", 1: "encoder.layers.1.self_attn"}
+
+
+def test_an_encoder_of_ones_own_keeps_its_weights_and_trains() -> None:
+    encoder = torch_encoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    model = VisionTransformer(TINY, encoder=encoder)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    model.replace_head(3).double().resize(64).train()
+    nn.init.ones_(model.head.weight)  # type: ignore[arg-type]
+    assert model(images(64).double()).shape == (2, 3)
+    model.forward_features(images(64).double()).square().sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if not name.startswith("head"))
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg", "token+avg"])
+def test_a_new_head_has_the_type_and_width_of_what_it_sees(pooling: str) -> None:
+    for norm_pooled in (False, True):
+        config = replace(TINY, pooling=pooling, norm_pooled=norm_pooled)  # type: ignore[arg-type]
+        model = VisionTransformer(config, encoder=nn.Identity()).double().replace_head(3)
+        assert model.head.weight.dtype == torch.float64  # type: ignore[union-attr]
+        assert model(images(48).double()).shape == (2, 3)
+
+
+def test_contradicting_an_encoder_of_ones_own() -> None:
+    encoder = torch_encoder()
+    for position in ("relative", "rope_2d"):
+        with pytest.raises(
+            InputError,
+            match=rf"position '{position}' lives in .* which encoder=TransformerEncoder replaces; choose a position embedding",
+        ):
+            VisionTransformer(replace(TINY, position=position), encoder=encoder)
+    with pytest.raises(
+        InputError,
+        match=r"head_dim, qk_norm of the configuration describe .* encoder=TransformerEncoder replaces; leave them at their",
+    ):
+        VisionTransformer(replace(TINY, head_dim=4, qk_norm=True), encoder=encoder)
+    with pytest.raises(InputError, match=r"takes \(token, batch, dim\); build its layers with batch_first=True"):
+        VisionTransformer(TINY, encoder=torch_encoder(batch_first=False))
+    with pytest.raises(InputError, match=r"mask= reaches .* this model's encoder is a TransformerEncoder; leave mask out"):
+        VisionTransformer(TINY, encoder=encoder)(images(48), mask=torch.ones(37, 37, dtype=torch.bool))
+
+
+def test_an_encoder_that_returns_something_else() -> None:
+    with pytest.raises(InputError, match=r"it is given, \(2, 37, 32\); Linear returned shape \(2, 37, 5\)"):
+        VisionTransformer(TINY, encoder=nn.Linear(32, 5))(images(48))
+    recurrent = nn.LSTM(32, 32, batch_first=True)
+    with pytest.raises(InputError, match=r"it is given, \(2, 37, 32\); LSTM returned a tuple"):
+        VisionTransformer(TINY, encoder=recurrent)(images(48))
+
+
+@torch.no_grad()
+def test_heads_of_another_width() -> None:
+    """Queries, keys and values of 5 channels in each of 3 heads, though 32 is no multiple of 3."""
+    model = tiny(num_heads=3, head_dim=5, depth=1).double()
+    layer: Any = model.blocks[0].attn  # type: ignore[union-attr]
+    assert (layer.qkv.weight.shape, layer.proj.weight.shape) == ((45, 32), (32, 15))
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    query, key, value = (part.reshape(2, 9, 3, 5).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=-1))
+    attention = torch.from_numpy(reference.softmax_attention(query, key, 5**-0.5))
+    torch.testing.assert_close(layer(x), layer.proj((attention @ value).transpose(1, 2).reshape(2, 9, 15)))
+    assert model(images(48).double()).shape == (2, 7)
+
+
+@torch.no_grad()
+def test_configurations_saved_without_the_newer_fields_still_load(tmp_path: Path) -> None:
+    model = tiny()
+    path = save_model(model, tmp_path / "mine.safetensors")
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["vit_probe.model"])
+    del content["config"]["head_dim"]
+    save_file(model.state_dict(), path, metadata={"vit_probe.model": json.dumps(content)})
+    again = load_model(path)
+    assert again.config == model.config
+    assert torch.equal(again(images(48)), model(images(48)))
+    wide = tiny(num_heads=3, head_dim=5)
+    again = load_model(save_model(wide, tmp_path / "wide.safetensors"))
+    assert again.config == wide.config
+    assert torch.equal(again(images(48)), wide(images(48)))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Loading weights from files, folders and the hub, whichever library wrote them."""
+"""Loading pretrained models from files, folders and the Hugging Face hub, whichever library wrote them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.files import TENSOR_SUFFIXES, WEIGHT_FILES, read_arrays, read_folder, read_json, read_tensors
 from vit_probe.checkpoints.hub import PREFIXES, fetch
 from vit_probe.checkpoints.libraries import open_clip as open_clip_models
-from vit_probe.checkpoints.libraries import refuse_overrides
+from vit_probe.checkpoints.libraries import reject_overrides
 from vit_probe.checkpoints.libraries import timm as timm_models
 from vit_probe.checkpoints.libraries import torchvision as torchvision_models
 from vit_probe.checkpoints.libraries import transformers as transformers_models
@@ -27,39 +27,50 @@ from vit_probe.models.config import check_fields
 __all__ = ["Checkpoint", "load_model", "save_model"]
 
 _DEMO = Path(__file__).parent.parent / "demo" / "model.safetensors"
-_OTHERS = "demo, hf:ORG/NAME, timm:NAME, torchvision:NAME and open_clip:ARCH/TAG"
+_NAMES = "demo, hf:ORG/NAME, timm:NAME, torchvision:NAME or open_clip:ARCH/TAG"
 
 
 def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode, carrying its `preprocessing` and `name`.
+    """Load a pretrained model in evaluation mode.
 
-    It is our own `VisionTransformer` wherever that covers the architecture, else the library's own model, for which the
-    library must be installed (`pip install 'vit-probe[timm]'`, and so on). `preprocessing` is None where a resize and a
-    central crop cannot express how the library prepares photographs.
+    The model is a `VisionTransformer` of this package wherever that covers the architecture. Otherwise it is the model of the
+    library that wrote the checkpoint, which must then be installed (for example `pip install 'vit-probe[timm]'`).
 
     Args:
         name_or_path: One of
 
-            - `demo`, the small model that comes with the package (its card: `vit_probe/demo/README.md`);
+            - `demo`: the small model bundled with the package (described in `vit_probe/demo/README.md`);
             - a `.npz` file in Google's layout (vision_transformer, plain or hybrid; big_vision);
-            - a `.safetensors` file of `save_model`;
-            - a `.safetensors`, `.pt` or `.pth` file with timm's, transformers', torchvision's or our own parameter names
-              (read without running pickled code), of a model that `VisionTransformer` covers;
-            - a folder with `config.json` and weights, as transformers or timm writes it. Ours are ViT, MAE, DeiT, DINOv2 and
-              DINOv2 with registers; others are the library's (CLIP, SigLIP, DINOv3, BEiT, EVA, Swin, SAM; of a model with
-              two towers the one for images);
-            - `hf:ORG/NAME` or `timm:NAME`, such a folder fetched from the Hugging Face hub unless its cache holds it;
-            - `torchvision:NAME` or `torchvision:NAME.WEIGHTS` (`torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1`), a classifier
-              of torchvision; `vit_` models are ours;
-            - `open_clip:ARCH/TAG` (`open_clip:ViT-B-32/laion2b_s34b_b79k`), `open_clip:ARCH/PATH` with a checkpoint's path,
-              `open_clip:hf-hub:ORG/NAME` or `open_clip:local-dir:FOLDER`, the image tower of open_clip's model.
-        overrides: Fields of `ViTConfig` that go before what the checkpoint says, and help where it does not say enough
-            (`num_heads=`, `image_size=`). `num_classes=0` leaves out the head. A library's model takes none, not that either.
+            - a `.safetensors` file written by `save_model`;
+            - a `.safetensors`, `.pt` or `.pth` file with the parameter names of timm, transformers, torchvision or this
+              package, of an architecture that `VisionTransformer` covers. Pickled code is never run;
+            - a folder with `config.json` and weights, as transformers or timm writes it. ViT, MAE, DeiT, DINOv2 and DINOv2
+              with registers become `VisionTransformer`; others are loaded by the library (CLIP, SigLIP, DINOv3, BEiT, EVA,
+              Swin, SAM; of a model with two towers, the image tower);
+            - `hf:ORG/NAME` or `timm:NAME`: such a folder on the Hugging Face hub, downloaded unless it is cached;
+            - `torchvision:NAME` or `torchvision:NAME.WEIGHTS` (`torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1`): a classifier
+              of torchvision; its `vit_` models become `VisionTransformer`;
+            - `open_clip:ARCH/TAG` (`open_clip:ViT-B-32/laion2b_s34b_b79k`), `open_clip:ARCH/PATH` with the path of a
+              checkpoint, `open_clip:hf-hub:ORG/NAME` or `open_clip:local-dir:FOLDER`: the image tower of the open_clip model.
+        **overrides: Fields of `ViTConfig`. They take precedence over the checkpoint, and supply what it does not state
+            (`num_heads=`, `image_size=`). `num_classes=0` leaves out the head. Models of other libraries accept none.
+
+    Returns:
+        The model. Its `name` says where it came from. Its `preprocessing` is the `Preprocessing` that the weights expect, or
+        None if the library prepares images in a way that a resize and a centre crop cannot express.
 
     Raises:
-        InputError: If there is no such checkpoint, it is damaged or of an unknown kind, it needs code to be run, its
-            parameters do not fit (missing, unexpected and wrongly shaped ones are listed), or the library that it needs is
-            not installed. A model with random weights is never returned.
+        InputError: If the checkpoint does not exist, is damaged, has an unknown format or can only be read by running code
+            that it contains; if its parameters do not fit the model (the message lists missing, unexpected and wrongly shaped
+            ones); or if a required library is not installed. No parameter is ever left at a random value.
+
+    Examples:
+        >>> from vit_probe import load_model
+        >>> model = load_model("demo")
+        >>> model.config.depth, model.config.num_heads, model.preprocessing.size
+        (9, 6, (64, 64))
+        >>> load_model("demo", num_classes=0).head
+        Identity()
     """
     check_fields(overrides)
     name = str(name_or_path)
@@ -67,26 +78,27 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
     if source == "torchvision":
         model = torchvision_models.load(rest, overrides)
     elif source == "open_clip":
-        refuse_overrides(overrides, f"{name} is a model of open_clip's own")
+        reject_overrides(overrides, f"{name} is loaded by open_clip")
         model = open_clip_models.load(rest)
     elif name.startswith(PREFIXES):
-        model = _read_folder(fetch(name), overrides, name)
-    elif name_or_path == "demo":  # a Path("demo") is a file or folder of that name
+        model = _load_folder(fetch(name), overrides, display_name=name)
+    elif name_or_path == "demo":  # not Path("demo"), which is a file or folder of that name
         model = _read_file(_DEMO, overrides).build()
     else:
         path = Path(name).expanduser()
-        model, name = _read_path(path, overrides), path.resolve().name
+        model, name = _load_path(path, overrides), path.resolve().name
     model.name = name  # type: ignore[assignment]
     return model
 
 
-def _read_path(path: Path, overrides: Mapping[str, Any]) -> nn.Module:
+def _load_path(path: Path, overrides: Mapping[str, Any]) -> nn.Module:
     if path.is_dir():
-        return _read_folder(path, overrides, str(path))
+        return _load_folder(path, overrides, display_name=str(path))
     if not path.is_file():
-        raise InputError(f"there is no checkpoint file or folder {path}; others are {_OTHERS}")
+        raise InputError(f"there is no checkpoint file or folder {path}; pass an existing path, or one of {_NAMES}")
     if path.name in WEIGHT_FILES and (path.parent / "config.json").is_file():
-        return _read_folder(path.parent, overrides, str(path.parent))
+        # The configuration beside the weights states what their shapes do not, such as the preprocessing.
+        return _load_folder(path.parent, overrides, display_name=str(path.parent))
     return _read_file(path, overrides).build()
 
 
@@ -94,57 +106,65 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if path.suffix == ".npz":
         return google_npz.from_arrays(read_arrays(path), overrides)
     if path.suffix not in TENSOR_SUFFIXES:
-        raise InputError(f"{path} is no checkpoint that can be read; known are .npz, {', '.join(TENSOR_SUFFIXES)} and folders")
+        raise InputError(
+            f"{path} has no known checkpoint format; pass a file that ends in .npz, {', '.join(TENSOR_SUFFIXES)}, or a folder "
+            "with config.json"
+        )
     if path.suffix == ".safetensors" and (own := read_own(path)) is not None:
         return replace(own, config=replace(own.config, **overrides))
     state = read_tensors(path)
-    if huggingface.is_layout(state):
-        return huggingface.from_state(state, overrides)
-    if torchvision.is_layout(state):
-        return torchvision.from_state(state, overrides)
-    if timm.is_layout(state):
-        return timm.from_state(state, overrides)
+    for layout in (huggingface, torchvision, timm):
+        if layout.matches(state):
+            return layout.from_state_dict(state, overrides)
     raise InputError(
-        f"{path} is no Vision Transformer of a known layout (timm's or our own, transformers', torchvision's); its first "
-        f"parameters are {', '.join(list(state)[:3])}"
+        f"{path} is not a Vision Transformer with the parameter names of timm, transformers, torchvision or this package; its "
+        f"first parameters are {', '.join(list(state)[:3])}"
     )
 
 
-def _read_folder(folder: Path, overrides: Mapping[str, Any], shown: str) -> nn.Module:
-    """Our own model if it covers the folder's, else that of the library that wrote it; `shown` is its name in errors."""
+def _load_folder(folder: Path, overrides: Mapping[str, Any], *, display_name: str) -> nn.Module:
+    """Load a folder as `VisionTransformer` if that covers the model, else with the library that wrote the folder."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"the folder {folder} holds no config.json; it should be as transformers or timm write it")
+        raise InputError(f"the folder {folder} holds no config.json; pass a folder that transformers or timm wrote")
     config = read_json(folder / "config.json")
     if not isinstance(config.get("architecture", config.get("model_type")), str):
-        raise InputError(f"{folder / 'config.json'} names neither a model_type, as transformers does, nor timm's architecture")
+        raise InputError(f"{folder / 'config.json'} has neither a model_type, as transformers writes, nor timm's architecture")
     library = "timm" if "architecture" in config else "transformers"
     try:
-        with _warnings_of_success():
-            return _read_own(folder, config, overrides).build()
+        with _warnings_on_success():
+            return _read_folder(folder, config, overrides).build()
     except UnsupportedArchitecture as error:
-        why = str(error)
-    refuse_overrides(overrides, f"{shown} holds a model of {library}'s own, because for VisionTransformer {why}")
+        unsupported = str(error)
+    reject_overrides(
+        overrides, f"{display_name} is loaded by {library}, because VisionTransformer does not cover it ({unsupported})"
+    )
     load_folder = timm_models.load_folder if library == "timm" else transformers_models.load_folder
     try:
         return load_folder(folder, config)
     except InputError as error:
-        raise InputError(f"{shown} can be read neither as VisionTransformer ({why}) nor by {library} ({error})") from None
+        raise InputError(
+            f"{display_name} can be loaded neither as VisionTransformer ({unsupported}) nor with {library} ({error})"
+        ) from None
 
 
-def _read_own(folder: Path, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
+def _read_folder(folder: Path, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     if "architecture" in config:
-        return timm.from_state(read_folder(folder), overrides, config)
+        return timm.from_state_dict(read_folder(folder), overrides, config)
     if config["model_type"] not in huggingface.MODEL_TYPES:
         raise UnsupportedArchitecture(
-            f"its type is {config['model_type']!r}; supported are {', '.join(huggingface.MODEL_TYPES)}"
+            f"its model_type is {config['model_type']!r}; supported are {', '.join(huggingface.MODEL_TYPES)}"
         )
-    processor = folder / "preprocessor_config.json"
-    return huggingface.from_state(read_folder(folder), overrides, config, read_json(processor) if processor.is_file() else None)
+    file = folder / "preprocessor_config.json"
+    processor = read_json(file) if file.is_file() else None
+    return huggingface.from_state_dict(read_folder(folder), overrides, config, processor)
 
 
 @contextmanager
-def _warnings_of_success() -> Iterator[None]:
-    """Holds warnings back, and drops them if the block raises: what was assumed for a model that is not built matters not."""
+def _warnings_on_success() -> Iterator[None]:
+    """Hold warnings back until the block ends, and drop them if it raises.
+
+    What was assumed about a `VisionTransformer` does not matter if the library's own model is loaded instead.
+    """
     with warnings.catch_warnings(record=True) as held:
         warnings.simplefilter("always")
         yield

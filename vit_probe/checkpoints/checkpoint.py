@@ -1,4 +1,4 @@
-"""What every source of weights is turned into, and the model that is built from it."""
+"""The common form into which every source's weights are converted, and the model built from it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitect
 from vit_probe.models.config import ViTConfig, as_pair
 from vit_probe.models.vit import VisionTransformer
 
-__all__ = ["Checkpoint", "check_finite", "usual_preprocessing"]
+__all__ = ["Checkpoint", "assume_imagenet_preprocessing", "check_finite"]
 
-_LISTED = 20  # names in an error, at most
+_MAX_LISTED = 20  # parameter names in an error message
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A configuration, parameters under our own names, and how photographs are prepared.
+    """A configuration, parameters under this package's names, and how images are prepared.
 
     Args:
         config: The model's configuration.
         state: Parameters by name.
-        preprocessing: None if the source does not say; the usual one for ImageNet is then assumed, with a warning
-            (none for images that are not of three channels).
+        preprocessing: None if the source does not say. The usual preprocessing for ImageNet is then assumed, with a warning
+            (none is assumed for images that do not have three channels).
+
+    Examples:
+        >>> from vit_probe import Preprocessing, ViTConfig, VisionTransformer
+        >>> config = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+        >>> state = VisionTransformer(config).state_dict()
+        >>> Checkpoint(config, state, Preprocessing(size=(32, 32), resize=36)).build().training
+        False
     """
 
     config: ViTConfig
@@ -35,63 +42,59 @@ class Checkpoint:
     preprocessing: Preprocessing | None
 
     def build(self) -> VisionTransformer:
-        """The model in evaluation mode.
+        """Build the model, in evaluation mode and float32.
 
         Raises:
             UnsupportedArchitecture: If parameters are missing, unexpected or wrongly shaped.
-            InputError: If they are not finite.
+            InputError: If parameters are not finite.
         """
         config, state = self.config, self.state
         if config.num_classes == 0:
             state = {name: value for name, value in state.items() if not name.startswith("head")}
-        with torch.device("meta"):
+        with torch.device("meta"):  # its own initial values are never needed, so none are drawn
             model = VisionTransformer(config)
         expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-        problems = [
-            ("missing", sorted(set(expected) - set(state))),
-            ("unexpected", sorted(set(state) - set(expected))),
-            (
-                "wrongly shaped",
-                [
-                    f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
-                    for name, shape in expected.items()
-                    if name in state and state[name].shape != shape
-                ],
-            ),
+        missing = sorted(set(expected) - set(state))
+        unexpected = sorted(set(state) - set(expected))
+        wrong_shape = [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in state and state[name].shape != shape
         ]
-        found = [f"{kind}: {_listed(names)}" for kind, names in problems if names]
-        if found:
-            raise UnsupportedArchitecture(f"the checkpoint does not fit the model it describes; {'; '.join(found)}")
+        problems = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong_shape))
+        if any(names for _, names in problems):
+            listed = "; ".join(f"{problem}: {_listed(names)}" for problem, names in problems if names)
+            raise UnsupportedArchitecture(f"the checkpoint does not fit the model it describes; {listed}")
         check_finite(state.items())
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
         model.preprocessing = self.preprocessing
         if self.preprocessing is None and config.in_channels == 3:
-            model.preprocessing = usual_preprocessing(as_pair(config.image_size, "image_size"))
+            model.preprocessing = assume_imagenet_preprocessing(as_pair(config.image_size, "image_size"))
         return model.eval()
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuses parameters that are no numbers.
+    """Check that no parameter holds NaN or infinity.
 
     Raises:
-        InputError: If one holds NaN or infinity.
+        InputError: If one does.
     """
-    unusable = [name for name, value in parameters if not value.isfinite().all()]
-    if unusable:
-        raise InputError(f"the checkpoint holds NaN or infinity (a diverged training?) in {', '.join(unusable[:5])}")
+    not_finite = [name for name, value in parameters if not value.isfinite().all()]
+    if not_finite:
+        raise InputError(f"the checkpoint holds NaN or infinity (did training diverge?) in {', '.join(not_finite[:5])}")
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
 
 
-def usual_preprocessing(size: tuple[int, int]) -> Preprocessing:
-    """What is usual for ImageNet, for a checkpoint that does not say; warns that it is assumed."""
-    preprocessing = Preprocessing.usual(size)
+def assume_imagenet_preprocessing(size: tuple[int, int]) -> Preprocessing:
+    """Return the usual preprocessing for ImageNet and warn that it is assumed, for a checkpoint that states none."""
+    preprocessing = Preprocessing.imagenet(size)
     warnings.warn(
-        "the checkpoint does not say how photographs are prepared for it; ImageNet's mean and standard deviation are assumed "
-        f"and {size[0]} x {size[1]} pixels cut from a shorter side of {preprocessing.resize} "
+        "the checkpoint does not say how photographs are prepared for it; ImageNet's mean and standard deviation are assumed, "
+        f"after resizing the shorter side to {preprocessing.resize} pixels and cutting {size[0]} x {size[1]} from the centre "
         "(from Python, set model.preprocessing)",
         AssumptionWarning,
         stacklevel=4,

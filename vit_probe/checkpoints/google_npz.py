@@ -1,4 +1,4 @@
-"""Google's `.npz` checkpoints: vision_transformer (plain and hybrid) and big_vision."""
+"""Reading Google's `.npz` checkpoints: vision_transformer (plain and hybrid) and big_vision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vit_probe.checkpoints.checkpoint import Checkpoint
-from vit_probe.checkpoints.renaming import join, rename
+from vit_probe.checkpoints.renaming import concatenate_parameters, rename_parameters
 from vit_probe.checkpoints.shapes import config_from_shapes
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
@@ -21,7 +21,7 @@ __all__ = ["from_arrays"]
 
 _ROOTS = ("opt/target/", "params/img/", "params/", "img/", "")
 
-# big_vision counts its sub-modules from 0, vision_transformer by their place in the block: LayerNorm_0 and LayerNorm_2.
+# big_vision numbers sub-modules of each type from 0, vision_transformer by their place in the block: LayerNorm_0, LayerNorm_2.
 _BLOCK = r"^Transformer/encoderblock_(\d+)/"
 _NAMES = (
     (r"^embedding/", "patch_embed.proj."),
@@ -46,20 +46,21 @@ _NAMES = (
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray], overrides: Mapping[str, Any]) -> Checkpoint:
-    """Reads Google's names and layouts.
+    """Convert arrays under Google's names to a `Checkpoint`.
 
-    Kernels have their inputs first; query, key and value each have one of shape (dim, head, head_dim).
+    Google's kernels have the input axis first; query, key and value each have a kernel of shape (dim, head, head_dim).
 
-    Photographs are prepared as in the papers' evaluation: the shorter side resized to 256/224 of the image size, a
-    central crop, values from -1 to 1. The original code computes GELU by its tanh approximation; like timm's copies of
-    these weights, the model here uses the exact function.
+    Images are prepared as in the papers' evaluation: the shorter side resized to 256/224 of the image size, a centre crop,
+    values from -1 to 1. The original code uses the tanh approximation of GELU; like timm's copies of these weights, the model
+    here uses the exact function.
 
     Args:
-        arrays: What the `.npz` file holds; below `params/`, `img/` or `opt/target/`, or not; layers apart or stacked.
-        overrides: Fields of `ViTConfig` that the user gave. `num_classes=0` leaves out the head and what stands before it.
+        arrays: Content of the `.npz` file, with or without a prefix (`params/`, `img/`, `opt/target/`); layers separate or
+            stacked.
+        overrides: Fields of `ViTConfig` given by the user. `num_classes=0` leaves out the head and the hidden layer before it.
 
     Raises:
-        InputError: If it is another model's file, or the model has parts that `VisionTransformer` has not.
+        InputError: If the file holds another kind of model, or the model has parts that `VisionTransformer` does not have.
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929; Steiner et al. 2022, arXiv:2106.10270.
@@ -73,51 +74,51 @@ def from_arrays(arrays: Mapping[str, np.ndarray], overrides: Mapping[str, Any]) 
     arrays = _unstack({name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)})
     if overrides.get("num_classes") == 0:
         arrays = {name: array for name, array in arrays.items() if not name.startswith(("pre_logits/", "head/"))}
-    for part, what in (("pre_logits/", "a hidden layer before the head"), ("MAPHead_0/", "an attention-pooling head")):
-        if any(name.startswith(part) for name in arrays):
-            advice = "; pass num_classes=0 to load the model without its head" if part == "pre_logits/" else ""
-            raise InputError(f"the checkpoint has {what} ({part[:-1]}), which VisionTransformer does not support{advice}")
+    for prefix, part in (("pre_logits/", "a hidden layer before the head"), ("MAPHead_0/", "an attention-pooling head")):
+        if any(name.startswith(prefix) for name in arrays):
+            advice = "; pass num_classes=0 to load the model without its head" if prefix == "pre_logits/" else ""
+            raise InputError(f"the checkpoint has {part} ({prefix[:-1]}), which VisionTransformer does not support{advice}")
     known: dict[str, Any] = {}
     query = next((array for name, array in arrays.items() if name.endswith("/query/kernel")), None)
     if query is not None and query.ndim == 3:
         known["num_heads"] = query.shape[1]
-    # Stages and units count from 1 here and from 0 in our names.
-    counted = {_from_zero(name): _tensor(name, array) for name, array in arrays.items()}
-    state = join(rename(counted, _NAMES), ("query", "key", "value"), "qkv")
+    tensors = {_count_from_zero(name): _to_tensor(name, array) for name, array in arrays.items()}
+    state = concatenate_parameters(rename_parameters(tensors, _NAMES), ("query", "key", "value"), "qkv")
     config = config_from_shapes(state, known | dict(overrides))
     size = as_pair(config.image_size, "image_size")
     half = (0.5, 0.5, 0.5)
-    preprocessing = Preprocessing.usual(size, mean=half, std=half, interpolation="bilinear")
+    preprocessing = Preprocessing.imagenet(size, mean=half, std=half, interpolation="bilinear")
     return Checkpoint(config, state, preprocessing)
 
 
 def _unstack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Layers stored together along a first axis (big_vision's scan over layers) become layers stored apart."""
-    apart: dict[str, np.ndarray] = {}
+    """Split layers that are stacked along a first axis, as by big_vision's scan over layers."""
+    unstacked: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         if name.startswith("Transformer/encoderblock/"):
             tail = name.removeprefix("Transformer/encoderblock/")
-            apart |= {f"Transformer/encoderblock_{layer}/{tail}": array[layer] for layer in range(len(array))}
+            unstacked |= {f"Transformer/encoderblock_{layer}/{tail}": array[layer] for layer in range(len(array))}
         else:
-            apart[name] = array
-    return apart
+            unstacked[name] = array
+    return unstacked
 
 
-def _from_zero(name: str) -> str:
+def _count_from_zero(name: str) -> str:
+    """Renumber the stages and units of a ResNet, which Google counts from 1."""
     return re.sub(r"^block(\d+)/unit(\d+)/", lambda match: f"block{int(match[1]) - 1}/unit{int(match[2]) - 1}/", name)
 
 
-def _tensor(name: str, array: np.ndarray) -> Tensor:
-    """The array with PyTorch's order of axes: outputs first."""
+def _to_tensor(name: str, array: np.ndarray) -> Tensor:
+    """Convert an array to PyTorch's order of axes: outputs first."""
     if array.dtype.kind != "f":
         raise InputError(f"the array {name} of the .npz file holds {array.dtype} instead of floating-point numbers")
     if "MultiHeadDotProductAttention" in name:
-        # (dim, head, head_dim), or (head, head_dim, dim) for the output; biases (head, head_dim).
+        # Kernels (dim, head, head_dim), or (head, head_dim, dim) for the output projection; biases (head, head_dim).
         outputs = array.shape[-1] if "/out/" in name else array.size // array.shape[0]
         array = array.reshape(-1, outputs).T if name.endswith("/kernel") else array.reshape(-1)
     elif array.ndim == 4 and name.endswith("/kernel"):
         array = array.transpose(3, 2, 0, 1)
-    elif array.ndim == 4:  # group norms of the first files have the shape (1, 1, 1, channel)
+    elif array.ndim == 4:  # group norms in the first published files have the shape (1, 1, 1, channel)
         array = array.reshape(-1)
     elif name.endswith("/kernel"):
         array = array.T

@@ -1,4 +1,4 @@
-"""transformers' checkpoints: ViT, MAE, DeiT, DINOv2 and DINOv2 with registers, under their old and new parameter names."""
+"""Reading transformers' checkpoints of ViT, MAE, DeiT, DINOv2 and DINOv2 with registers, under old and new parameter names."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from vit_probe.checkpoints.checkpoint import Checkpoint
-from vit_probe.checkpoints.huggingface_images import preprocessing
-from vit_probe.checkpoints.renaming import join, rename
+from vit_probe.checkpoints.image_processors import preprocessing_from_processor
+from vit_probe.checkpoints.renaming import concatenate_parameters, rename_parameters
 from vit_probe.checkpoints.shapes import config_from_shapes
 from vit_probe.errors import UnsupportedArchitecture
 
-__all__ = ["MODEL_TYPES", "from_state", "is_layout"]
+__all__ = ["MODEL_TYPES", "from_state_dict", "matches"]
 
 MODEL_TYPES = ("vit", "vit_mae", "deit", "dinov2", "dinov2_with_registers")
 
-# Files keep the names of transformers 4 (`encoder.layer.0.attention.attention.query`, `intermediate.dense`); models of
-# transformers 5 in memory have others (`layers.0.attention.q_proj`, `mlp.fc1`).
+# Files keep the names of transformers 4 (`encoder.layer.0.attention.attention.query`, `intermediate.dense`), but in memory the
+# models of transformers 5 have new ones (`layers.0.attention.q_proj`, `mlp.fc1`).
 _PREFIX = rf"({'|'.join(sorted(MODEL_TYPES, key=len, reverse=True))})\."
 _NAMES = (
     (rf"^{_PREFIX}", ""),
@@ -52,33 +52,35 @@ _FIELDS = {
 }
 
 
-def is_layout(state: Mapping[str, Tensor]) -> bool:
-    """Whether the parameters have transformers' names."""
+def matches(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the parameters have transformers' names."""
     return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state)
 
 
-def from_state(
+def from_state_dict(
     state: Mapping[str, Tensor],
     overrides: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Reads a state dict, with `config.json` and `preprocessor_config.json` where they are there.
+    """Convert a state dict to a `Checkpoint`, using `config.json` and `preprocessor_config.json` if they are there.
 
-    Mask tokens, poolers and the decoders of pre-training are left out. With `config` but no `processor`, photographs are
-    prepared as the model type's image processor does by default (see `preprocessing`); without either, nothing says how.
+    Mask tokens, poolers and the decoders of pre-training are left out. With `config` but no `processor`, the preprocessing is
+    the usual one of the model type (see `preprocessing_from_processor`); without either it is unknown.
 
     Args:
-        state: Parameters under either spelling of transformers' names, with or without the base model's prefix.
-        overrides: Fields of `ViTConfig` that the user gave.
-        config: What `config.json` holds; its `model_type` one of `MODEL_TYPES`.
-        processor: What `preprocessor_config.json` holds.
+        state: Parameters under transformers' old or new names, with or without the base model's prefix.
+        overrides: Fields of `ViTConfig` given by the user.
+        config: Content of `config.json`; its `model_type` must be one of `MODEL_TYPES`.
+        processor: Content of `preprocessor_config.json`.
 
     Raises:
-        UnsupportedArchitecture: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
+        UnsupportedArchitecture: If the model has parts that `VisionTransformer` does not have, or its shapes do not determine
+            the configuration.
     """
-    renamed = join(rename(state, _NAMES, drop=_IGNORED), ("query", "key", "value"), "qkv")
-    renamed = join(renamed, ("gate_proj", "up_proj"), "fc1")
+    renamed = rename_parameters(state, _NAMES, drop=_IGNORED)
+    renamed = concatenate_parameters(renamed, ("query", "key", "value"), "qkv")
+    renamed = concatenate_parameters(renamed, ("gate_proj", "up_proj"), "fc1")
     dinov2 = "blocks.0.ls1.gamma" in renamed
     registers = "reg_token" in renamed
     known: dict[str, Any] = {
@@ -90,13 +92,14 @@ def from_state(
         known["pooling"] = "token"
     if config is None:
         return Checkpoint(config_from_shapes(renamed, known | dict(overrides)), renamed, None)
-    known |= _known(config)
-    checkpoint = config_from_shapes(renamed, known | dict(overrides))
-    return Checkpoint(checkpoint, renamed, preprocessing(str(config["model_type"]), checkpoint, processor))
+    known |= _fields_from_config(config)
+    vit_config = config_from_shapes(renamed, known | dict(overrides))
+    preprocessing = preprocessing_from_processor(str(config["model_type"]), vit_config, processor)
+    return Checkpoint(vit_config, renamed, preprocessing)
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` says, as fields of `ViTConfig`."""
+def _fields_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert `config.json` to fields of `ViTConfig`."""
     known = {field: config[key] for key, field in _FIELDS.items() if config.get(key) is not None}
     if isinstance(known.get("image_size"), list):
         known["image_size"] = tuple(known["image_size"])
@@ -107,6 +110,6 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
         known["activation"] = _ACTIVATIONS[activation]
     else:
         raise UnsupportedArchitecture(
-            f"config.json names the activation {activation!r}; VisionTransformer knows {', '.join(_ACTIVATIONS)} and swiglu"
+            f"config.json names the activation {activation!r}; VisionTransformer supports {', '.join(_ACTIVATIONS)} and swiglu"
         )
     return known

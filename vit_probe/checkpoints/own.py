@@ -15,6 +15,7 @@ from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
 from vit_probe.models.config import ResNetConfig, ViTConfig, check_fields
+from vit_probe.models.patch_embed import HybridEmbed, PatchEmbed
 from vit_probe.models.vit import VisionTransformer
 
 __all__ = ["read_own", "save_model"]
@@ -23,17 +24,32 @@ _KEY = "vit_probe.model"
 
 
 def save_model(model: VisionTransformer, path: str | Path) -> Path:
-    """Writes the model to one safetensors file, from which `load_model` builds it again without being told anything.
+    """Save a model to one `.safetensors` file, with its configuration and preprocessing, for `load_model`.
 
-    A bare state dict does not say how many heads a layer has, or how photographs are prepared; this file does.
+    Unlike a bare state dict, the file states the number of heads and how images are prepared.
 
     Args:
-        model: Parameters are kept in their type, float16 for one.
-        path: Ends with `.safetensors`. An older file is replaced whole or not at all.
+        model: Saved in the parameters' own dtype, such as float16.
+        path: Must end in `.safetensors`; an existing file is replaced atomically.
 
     Raises:
-        InputError: If the path ends otherwise, or cannot be written.
+        InputError: If the path does not end in `.safetensors` or cannot be written, or the model has a custom stem or encoder,
+            which its configuration does not describe.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from vit_probe import load_model, save_model
+        >>> model = load_model("demo")
+        >>> with TemporaryDirectory() as folder:
+        ...     load_model(save_model(model, f"{folder}/model.safetensors")).config == model.config
+        True
     """
+    if model.encoder is not None or not isinstance(model.patch_embed, PatchEmbed | HybridEmbed):
+        part = model.patch_embed if model.encoder is None else model.encoder
+        raise InputError(
+            f"the model cannot be built again from its configuration, which does not describe its {type(part).__name__}; "
+            "save its state_dict() instead"
+        )
     if Path(path).suffix != ".safetensors":
         raise InputError(f"a model is saved as .safetensors, got the path {path}")
     content = {
@@ -45,7 +61,7 @@ def save_model(model: VisionTransformer, path: str | Path) -> Path:
 
 
 def read_own(path: Path) -> Checkpoint | None:
-    """What `save_model` wrote; None if the file is another's.
+    """Read a file that `save_model` wrote; None for any other safetensors file.
 
     Raises:
         InputError: If the file is damaged.
@@ -57,7 +73,7 @@ def read_own(path: Path) -> Checkpoint | None:
                 return None
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error})") from None
+        raise InputError(f"{path} is not a complete safetensors file ({error})") from None
     content = json.loads(metadata[_KEY])
     config, preprocessing = _with_tuples(content["config"]), content["preprocessing"]
     check_fields(config)

@@ -1,4 +1,4 @@
-"""Turning another source's parameter names into ours, by tables."""
+"""Converting another source's parameter names to this package's, by tables of substitutions."""
 
 from __future__ import annotations
 
@@ -10,40 +10,53 @@ from torch import Tensor
 
 from vit_probe.errors import InputError
 
-__all__ = ["join", "rename"]
+__all__ = ["concatenate_parameters", "rename_parameters"]
 
 
-def rename(state: Mapping[str, Tensor], table: Iterable[tuple[str, str]], *, drop: str = "(?!)") -> dict[str, Tensor]:
-    """The same parameters, each name put through the table's substitutions one after another.
+def rename_parameters(
+    state: Mapping[str, Tensor], substitutions: Iterable[tuple[str, str]], *, drop: str = "(?!)"
+) -> dict[str, Tensor]:
+    """Rename parameters by regular expressions, all applied to each name one after another.
 
     Args:
         state: Parameters by name.
-        table: Regular expressions and what replaces them. A name that none fits stays as it is.
-        drop: A regular expression; parameters whose original name begins with a match are left out.
+        substitutions: Regular expressions and their replacements. A name that matches none is kept.
+        drop: A regular expression; parameters whose original name starts with a match are left out. By default none are.
 
     Raises:
-        InputError: If two parameters end with the same name.
+        InputError: If two parameters get the same name.
+
+    Examples:
+        >>> from torch import zeros
+        >>> sorted(rename_parameters({"ln.bias": zeros(2), "mask": zeros(1)}, [(r"^ln\\.", "norm.")], drop="mask"))
+        ['norm.bias']
     """
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         if re.match(drop, name):
             continue
-        new = name
-        for pattern, replacement in table:
-            new = re.sub(pattern, replacement, new)
-        if new in renamed:
-            raise InputError(f"the checkpoint holds {new} twice, once as {name}")
-        renamed[new] = value
+        new_name = name
+        for pattern, replacement in substitutions:
+            new_name = re.sub(pattern, replacement, new_name)
+        if new_name in renamed:
+            raise InputError(f"the checkpoint holds {new_name} twice, once as {name}")
+        renamed[new_name] = value
     return renamed
 
 
-def join(state: Mapping[str, Tensor], parts: tuple[str, ...], whole: str) -> dict[str, Tensor]:
-    """Concatenates what is stored in parts, such as query, key and value, along the outputs.
+def concatenate_parameters(state: Mapping[str, Tensor], parts: tuple[str, ...], whole: str) -> dict[str, Tensor]:
+    """Concatenate modules that are stored in parts, such as query, key and value, along their outputs.
 
     Args:
         state: Parameters by name.
-        parts: Names of the parts' modules, in order. Where one is missing the others stay as they are.
-        whole: Name of the module that takes their place.
+        parts: Names of the parts' modules, in order. Where one is missing, the others are left unchanged.
+        whole: Name of the module that replaces them.
+
+    Examples:
+        >>> from torch import zeros
+        >>> state = {"attn.query.bias": zeros(4), "attn.key.bias": zeros(4), "attn.value.bias": zeros(4)}
+        >>> concatenate_parameters(state, ("query", "key", "value"), "qkv")["attn.qkv.bias"].shape
+        torch.Size([12])
     """
     joined = dict(state)
     for name in state:

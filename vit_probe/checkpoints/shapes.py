@@ -1,4 +1,4 @@
-"""A model's configuration, read off the shapes of its parameters."""
+"""Determining a model's configuration from the shapes of its parameters."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ from vit_probe.models.config import ResNetConfig, ViTConfig, as_pair
 
 __all__ = ["config_from_shapes"]
 
-# Heads of the published models of each width: ViT and DeiT, CLIP, SigLIP, DINOv2 and timm's own sizes.
-_HEADS = {
+# Published models of each width: ViT and DeiT, CLIP, SigLIP, DINOv2 and timm's own sizes.
+_NUM_HEADS_BY_WIDTH = {
     192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 832: 13, 896: 14,
     1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16,
 }  # fmt: skip
 
 
 def config_from_shapes(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> ViTConfig:
-    """The configuration of parameters under our own names.
+    """Determine the configuration of parameters under this package's names.
 
-    What shapes do not tell is taken from `known`, or else is as in most published models: GELU, an epsilon of 1e-6
-    (1e-5 behind CLIP's `norm_pre`), the usual number of heads for the width, the class token for pooling where there
-    is one. A position table whose number of patches is a square is taken for a square grid.
+    What shapes do not determine is taken from `known`, or else is as in most published models: GELU, an epsilon of 1e-6
+    (1e-5 if there is CLIP's `norm_pre`), the usual number of heads for the width, and pooling of the class token if there is
+    one. A position table with a square number of patches is assumed to be a square grid.
 
     Args:
         state: Parameters by name.
-        known: Fields of `ViTConfig` that are known from elsewhere; they go before what the shapes say.
+        known: Fields of `ViTConfig` known from elsewhere; they take precedence over the shapes.
 
     Raises:
-        UnsupportedArchitecture: If parameters that every `VisionTransformer` has are missing or of another kind, or the number
-            of heads or the grid cannot be told.
+        UnsupportedArchitecture: If parameters that every `VisionTransformer` has are missing or of another kind, or if the
+            number of heads or the grid cannot be determined.
         InputError: If the position table does not fit the image size.
+
+    Examples:
+        >>> from vit_probe import ViTConfig, VisionTransformer
+        >>> config = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+        >>> config_from_shapes(VisionTransformer(config).state_dict(), {"num_heads": 3}) == config
+        True
     """
     projection = _shape(state, "patch_embed.proj.weight", 4)
     width, (_, hidden) = projection[0], _shape(state, "blocks.0.mlp.fc2.weight", 2)
@@ -74,12 +80,12 @@ def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]
         raise UnsupportedArchitecture(f"the checkpoint is incomplete: it holds no parameter {name}")
     shape = tuple(state[name].shape)
     if len(shape) != ndim:
-        raise UnsupportedArchitecture(f"{name} should have {ndim} axes, but the checkpoint's has the shape {shape}")
+        raise UnsupportedArchitecture(f"{name} should have {ndim} axes, but in the checkpoint it has the shape {shape}")
     return shape
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest index that names show."""
+    """Return one more than the largest index in the names that match `pattern`; 0 if none does."""
     return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
 
 
@@ -96,33 +102,35 @@ def _pooling(state: Mapping[str, Tensor], width: int) -> str:
         return "distilled"
     if "head.weight" in state and _shape(state, "head.weight", 2)[1] == 2 * width:
         return "token+avg"
-    # timm normalises after pooling where it averages, whether or not there is a class token.
+    # timm's models that average normalise after pooling (`fc_norm`), whether or not they have a class token.
     return "avg" if "cls_token" not in state or "fc_norm.weight" in state else "token"
 
 
 def _num_heads(state: Mapping[str, Tensor], width: int) -> int:
     if "blocks.0.attn.q_norm.weight" in state:
         return width // _shape(state, "blocks.0.attn.q_norm.weight", 1)[0]
-    if width not in _HEADS:
+    if width not in _NUM_HEADS_BY_WIDTH:
         raise UnsupportedArchitecture(
-            f"the number of attention heads cannot be told from the checkpoint (a width of {width} is no published "
-            "model's); pass num_heads= to load_model; save_model keeps it"
+            "the checkpoint does not say how many attention heads a layer has, and no published model has its width of "
+            f"{width}; pass num_heads= to load_model (save_model keeps it)"
         )
+    num_heads = _NUM_HEADS_BY_WIDTH[width]
     warnings.warn(
-        f"the checkpoint does not say how many attention heads a layer has; {_HEADS[width]} are assumed, as published "
-        f"models have of width {width} (from Python, pass num_heads= to load_model; save_model keeps it)",
+        f"the checkpoint does not say how many attention heads a layer has; {num_heads} are assumed, as in published models of "
+        f"width {width} (from Python, pass num_heads= to load_model; save_model keeps it)",
         AssumptionWarning,
         stacklevel=2,
     )
-    return _HEADS[width]
+    return num_heads
 
 
 def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """How positions are embedded, and for which image size."""
+    """Determine how positions are embedded, and for which image size."""
     height, width = (
         side * (config["stem"].stride if config["stem"] else 1) for side in as_pair(config["patch_size"], "patch_size")
     )
-    if config.get("position") == "none":
+    if config.get("position") in ("none", "relative", "rope_2d"):
+        # No table is added to the tokens, so nothing states the image size: the nearest one to 224 is as good as any.
         nearest = max(round(224 / height), 1) * height, max(round(224 / width), 1) * width
         return {"image_size": config.get("image_size", nearest)}
     num_prefix = config["class_token"] + config["distillation_token"] + config["num_registers"]
@@ -136,31 +144,35 @@ def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
         }
     if "pos_embed" not in state:
         raise UnsupportedArchitecture(
-            "the checkpoint holds no position table (pos_embed): models with rotary or relative positions are not "
-            "VisionTransformers; if this one really has no positions, pass position='none'"
+            "the checkpoint holds no position table (pos_embed); if it was saved from a VisionTransformer without one, pass "
+            "position='none', 'relative' or 'rope_2d'; other models with rotary or relative positions are not supported"
         )
     length = _shape(state, "pos_embed", 3)[1]
-    asked = config.get("position_prefix")
+    known_prefix = config.get("position_prefix")
     if config.get("image_size") is not None:
         size = as_pair(config["image_size"], "image_size")
-        patches = (size[0] // height) * (size[1] // width)
-        prefix = length - patches
-        if not 0 <= prefix <= num_prefix or (asked is not None and prefix != asked):
+        num_patches = (size[0] // height) * (size[1] // width)
+        prefix = length - num_patches
+        if not 0 <= prefix <= num_prefix or (known_prefix is not None and prefix != known_prefix):
             raise InputError(
                 f"the position table has {length} entries, which does not fit images of {size[0]} x {size[1]} pixels "
-                f"({patches} patches and up to {num_prefix} prefix tokens); image_size= is the size that the table was made "
-                "for: for another one load the model without it, then call model.resize(image_size)"
+                f"({num_patches} patches and up to {num_prefix} prefix tokens); image_size= must be the size that the table "
+                "was made for; for another size, load the model without it, then call model.resize(image_size)"
             )
     else:
-        tokens = int(config["class_token"])
-        candidates = {0, tokens, tokens + config["distillation_token"], num_prefix} if asked is None else {asked}
+        # The table may cover no prefix token, the class token, the class and distillation tokens, or all of them.
+        class_token = int(config["class_token"])
+        candidates = {0, class_token, class_token + config["distillation_token"], num_prefix}
+        if known_prefix is not None:
+            candidates = {known_prefix}
         grids = [(prefix, isqrt(length - prefix)) for prefix in sorted(candidates) if length > prefix]
-        square = [(prefix, side) for prefix, side in grids if side * side == length - prefix]
-        if len(square) != 1:
+        square_grids = [(prefix, side) for prefix, side in grids if side * side == length - prefix]
+        if len(square_grids) != 1:
             raise UnsupportedArchitecture(
-                f"the grid of patches cannot be told from a position table of {length} entries with {num_prefix} prefix "
-                f"tokens ({'more than one square fits' if square else 'it is not a square'}); pass image_size=(height, width)"
+                f"the grid of patches cannot be determined from a position table of {length} entries with {num_prefix} prefix "
+                f"tokens ({'more than one square fits' if square_grids else 'it is not a square'}); "
+                "pass image_size=(height, width)"
             )
-        prefix, side = square[0]
+        prefix, side = square_grids[0]
         size = side * height, side * width
     return {"image_size": size, "position_prefix": None if prefix == num_prefix else prefix}

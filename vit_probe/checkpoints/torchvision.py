@@ -1,4 +1,4 @@
-"""torchvision's Vision Transformers."""
+"""Reading torchvision's Vision Transformer checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from vit_probe.checkpoints.checkpoint import Checkpoint
-from vit_probe.checkpoints.renaming import rename
+from vit_probe.checkpoints.renaming import rename_parameters
 from vit_probe.checkpoints.shapes import config_from_shapes
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
 from vit_probe.models.config import as_pair
 
-__all__ = ["from_state", "is_layout"]
+__all__ = ["from_state_dict", "matches"]
 
 _NAMES = (
     (r"^class_token$", "cls_token"),
@@ -31,24 +31,25 @@ _NAMES = (
 )
 
 
-def is_layout(state: Mapping[str, Tensor]) -> bool:
-    """Whether the parameters have torchvision's names."""
+def matches(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the parameters have torchvision's names."""
     return "conv_proj.weight" in state and "encoder.pos_embedding" in state
 
 
-def from_state(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> Checkpoint:
-    """Reads a state dict.
+def from_state_dict(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> Checkpoint:
+    """Convert a state dict of torchvision to a `Checkpoint`.
 
-    Photographs are prepared as for torchvision's `IMAGENET1K_V1` weights: the shorter side resized to 256/224 of the
-    image size, bilinearly, and a central crop. (The `SWAG` weights, whose files look the same, are resized bicubically
-    to the image size itself.)
+    Images are prepared as for torchvision's `IMAGENET1K_V1` weights: the shorter side resized bilinearly to 256/224 of the
+    image size, then a centre crop. (The `SWAG` weights, whose files look the same, expect a bicubic resize to the image size
+    itself; `torchvision:NAME.WEIGHTS` applies it.)
 
     Args:
         state: Parameters under torchvision's names.
-        overrides: Fields of `ViTConfig` that the user gave. `num_classes=0` leaves out the head and what stands before it.
+        overrides: Fields of `ViTConfig` given by the user. `num_classes=0` leaves out the head and the hidden layer before it.
 
     Raises:
-        InputError: If the model has parts that `VisionTransformer` has not, or its shapes do not tell enough.
+        InputError: If the model has parts that `VisionTransformer` does not have, or its shapes do not determine the
+            configuration.
     """
     if overrides.get("num_classes") == 0:
         state = {name: value for name, value in state.items() if not name.startswith("heads.")}
@@ -57,7 +58,7 @@ def from_state(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> Che
             "the checkpoint has a hidden layer before the head (heads.pre_logits), which VisionTransformer does not support; "
             "pass num_classes=0 to load the model without its head"
         )
-    renamed = rename(state, _NAMES)
+    renamed = rename_parameters(state, _NAMES)
     config = config_from_shapes(renamed, {"position_resampling": "bicubic-align-corners"} | dict(overrides))
     size = as_pair(config.image_size, "image_size")
-    return Checkpoint(config, renamed, Preprocessing.usual(size, interpolation="bilinear"))
+    return Checkpoint(config, renamed, Preprocessing.imagenet(size, interpolation="bilinear"))

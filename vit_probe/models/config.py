@@ -1,4 +1,4 @@
-"""What defines a Vision Transformer: its configuration, and the papers' named sizes."""
+"""The configuration of a Vision Transformer, and the sizes that the papers name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vit_probe.errors import InputError
 __all__ = ["VARIANTS", "ResNetConfig", "Variant", "ViTConfig"]
 
 Pooling = Literal["token", "avg", "token+avg", "distilled"]
-Position = Literal["none", "learned_1d", "learned_2d", "sincos_2d"]
+Position = Literal["none", "learned_1d", "learned_2d", "sincos_2d", "relative", "rope_2d"]
 Activation = Literal["gelu", "quick_gelu", "swiglu"]
 Resampling = Literal["bicubic-antialias", "bicubic", "bicubic-align-corners"]
 
@@ -23,12 +23,17 @@ class ResNetConfig:
 
     Args:
         layers: Residual units of each stage. The paper's R50 for a 16-pixel grid is `(3, 4, 9)`: the
-            units of the fourth stage moved to the third, so that the map is not halved once more.
-        width: Channels of the root convolution; a stage's output has 4, 8, 16, ... times as many.
+            units of the fourth stage moved to the third, which leaves out one halving of the feature map.
+        width: Channels of the root convolution; the stages' outputs have 4, 8, 16, ... times as many.
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1 and appendix B.1;
         Kolesnikov et al. 2020 (BiT), arXiv:1912.11370.
+
+    Examples:
+        >>> resnet = ResNetConfig(layers=(3, 4, 9))
+        >>> resnet.stride, resnet.out_channels
+        (16, 1024)
     """
 
     layers: tuple[int, ...]
@@ -36,53 +41,64 @@ class ResNetConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels between neighbouring cells of the feature map: 4 after the root, doubled by each stage but the first."""
+        """Pixels between neighbouring cells of the feature map: 4 after the root, doubled by every stage after the first."""
         return 4 * 2 ** max(len(self.layers) - 1, 0)
 
     @property
     def out_channels(self) -> int:
+        """Channels of the feature map."""
         return self.width * 4 * 2 ** (len(self.layers) - 1) if self.layers else self.width
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Everything that defines a `VisionTransformer`.
+    """The architecture of a `VisionTransformer`.
 
     Args:
         image_size: Native input size in pixels, one side or (height, width).
-        patch_size: Size of a patch in pixels, one side or (height, width); with a hybrid stem, in cells of its feature map.
+        patch_size: Patch size in pixels, one side or (height, width); with a hybrid stem, in cells of its feature map.
         in_channels: Colour channels of the input.
         embed_dim: Width of the tokens.
         depth: Number of transformer layers.
-        num_heads: Attention heads of a layer; must divide `embed_dim`.
-        mlp_ratio: Hidden width of the MLP over `embed_dim` (for SwiGLU: of each of its two halves).
-        num_classes: Outputs of the head; 0 for none, the model then returns pooled features.
-        class_token: Whether a class token stands first.
+        num_heads: Attention heads per layer; must divide `embed_dim` unless `head_dim` is given.
+        head_dim: Width of the queries, keys and values of one head; None for `embed_dim` / `num_heads`.
+        mlp_ratio: Hidden width of the MLP divided by `embed_dim` (for SwiGLU, of each of its two halves).
+        num_classes: Outputs of the head; 0 for no head, in which case the model returns pooled features.
+        class_token: Whether the sequence starts with a class token.
         distillation_token: Whether a distillation token follows the class token (DeiT, arXiv:2012.12877).
-        num_registers: Register tokens between these and the patches (Darcet et al. 2024, arXiv:2309.16588).
-        pooling: What the head sees: the class `token`; the `avg` of the patch tokens; both concatenated
-            (`token+avg`, DINOv2's linear heads); or `distilled`, the mean of a head on the class token and one on
-            the distillation token.
-        position: Position embedding: `none`, `learned_1d` (the usual table), `learned_2d` (a row and a column table,
-            each of half the width) or `sincos_2d` (fixed).
-        position_prefix: How many prefix tokens, from the first, the position table covers; None for all.
-        position_resampling: How the table is interpolated for another grid: timm's antialiased bicubic, the plain
-            one of transformers and DINOv2, or torchvision's with aligned corners.
+        num_registers: Number of register tokens, between those and the patches (Darcet et al. 2024, arXiv:2309.16588).
+        pooling: The head's input: the class `token`; `avg`, the mean of the patch tokens; `token+avg`, both concatenated
+            (DINOv2's linear heads); or `distilled`, the mean of one head on the class token and another on the
+            distillation token.
+        position: Position embedding. Added to the tokens: `learned_1d` (the usual table), `learned_2d` (a row and a column
+            table, each of half the width) or `sincos_2d` (fixed). In the attention of every layer: `relative` (one
+            embedding per raster-order offset, see `RelativePosition`) or `rope_2d` (axial rotary embedding, see
+            `rotate_by_position`). Or `none`.
+        position_prefix: Number of prefix tokens, counted from the first, that the position table covers; None for all.
+        position_resampling: How the `learned_1d` table is interpolated for another grid: timm's antialiased bicubic, the
+            plain bicubic of transformers and DINOv2, or torchvision's with aligned corners.
         qkv_bias: Whether the query, key and value projections have a bias.
-        qk_norm: Whether queries and keys pass a LayerNorm per head.
-        layer_scale: Initial value of LayerScale (arXiv:2103.17239); None for none.
-        dropout: Rate after position embeddings, attention projections and MLP layers, while training.
-        drop_path: Stochastic depth (Huang et al. 2016, arXiv:1603.09382): the rate at which the last layer's branches are
-            left out for an image while training; it grows linearly from 0 at the first layer.
+        qk_norm: Whether the queries and keys of each head are normalised by a LayerNorm.
+        layer_scale: Initial value of LayerScale (arXiv:2103.17239); None for no LayerScale.
+        dropout: Dropout rate after position embeddings, attention projections and MLP layers.
+        drop_path: Stochastic depth (Huang et al. 2016, arXiv:1603.09382): probability, in training, of dropping a residual
+            branch of the last layer for an image; it grows linearly from 0 in the first layer.
         norm_eps: Epsilon of every LayerNorm.
         activation: `gelu`, `quick_gelu` (CLIP's x * sigmoid(1.702 x)) or `swiglu`.
         patch_bias: Whether the patch projection has a bias.
-        pre_norm: Whether a LayerNorm stands before the first layer (CLIP).
+        pre_norm: Whether a LayerNorm precedes the first layer (CLIP).
         norm_pooled: Whether the final LayerNorm follows the pooling (timm's `fc_norm`) instead of preceding it.
-        stem: The ResNet of a hybrid model; None for plain patches.
+        stem: The ResNet of a hybrid model; None for patches of pixels.
 
     Raises:
-        InputError: If a value is impossible or two of them contradict each other.
+        InputError: If a value is out of range, or two of them contradict each other.
+
+    Examples:
+        >>> config = ViTConfig(image_size=224, patch_size=16, num_registers=4)
+        >>> config.grid_size(224, 224), config.num_prefix_tokens
+        ((14, 14), 5)
+        >>> ViTConfig.variant("S/16", num_classes=10).embed_dim
+        384
     """
 
     image_size: int | tuple[int, int] = 224
@@ -91,6 +107,7 @@ class ViTConfig:
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
+    head_dim: int | None = None
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     class_token: bool = True
@@ -124,8 +141,12 @@ class ViTConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        if self.embed_dim % self.num_heads:
-            raise InputError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise InputError(f"head_dim must be at least 1, or None for embed_dim / num_heads; got {self.head_dim}")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise InputError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}; change one, or set head_dim"
+            )
         self.grid_size(*as_pair(self.image_size, "image_size"))
         if self.pooling in ("token", "token+avg", "distilled") and not self.class_token:
             raise InputError(f"pooling {self.pooling!r} needs a class token; set class_token=True or pooling='avg'")
@@ -135,11 +156,21 @@ class ViTConfig:
             raise InputError(f"position 'sincos_2d' needs an embed_dim divisible by 4, got {self.embed_dim}")
         if self.position == "learned_2d" and self.embed_dim % 2:
             raise InputError(f"position 'learned_2d' needs an even embed_dim, got {self.embed_dim}")
+        if self.position == "rope_2d" and self.dim_per_head % 4:
+            raise InputError(
+                f"position 'rope_2d' needs a head_dim divisible by 4, got {self.dim_per_head}; "
+                "change embed_dim or num_heads, or set head_dim"
+            )
         if not 0 <= self.num_position_prefix_tokens <= self.num_prefix_tokens:
             raise InputError(
                 f"position_prefix must lie between 0 and the number of prefix tokens, {self.num_prefix_tokens}; "
                 f"got {self.position_prefix}"
             )
+
+    @property
+    def dim_per_head(self) -> int:
+        """Width of the queries, keys and values of one head."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -153,13 +184,13 @@ class ViTConfig:
 
     @property
     def patch_stride(self) -> tuple[int, int]:
-        """Height and width in pixels of what one patch token stands for, the stem's stride included."""
+        """Height and width in pixels of the image region of one patch token; with a stem, of one patch of its feature map."""
         height, width = as_pair(self.patch_size, "patch_size")
         stride = self.stem.stride if self.stem else 1
         return height * stride, width * stride
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of this many pixels.
+        """Rows and columns of patches in an image of `height` by `width` pixels.
 
         Raises:
             InputError: If the image does not divide into whole patches.
@@ -177,11 +208,11 @@ class ViTConfig:
         """The configuration of a named size, such as `"B/16"`, `"ViT-L/32"` or the hybrid `"R50+B/16"`.
 
         Args:
-            name: A size of `VARIANTS`, a slash and the patch size in pixels; `R26+` or `R50+` before it for a hybrid.
-            overrides: Any field of `ViTConfig`.
+            name: A size of `VARIANTS`, a slash and the patch size in pixels; for a hybrid, preceded by `R26+` or `R50+`.
+            overrides: Fields of `ViTConfig` to set to other values.
 
         Raises:
-            InputError: If the name is not known, or an override is no field.
+            InputError: If the name is unknown, or an override is not a field of `ViTConfig`.
         """
         match = re.fullmatch(r"(?:(R26|R50)\+)?(?:ViT-)?([A-Za-z]+)/(\d+)", name)
         if match is None or match[2] not in VARIANTS:
@@ -203,7 +234,7 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the papers' tables: layers, width, MLP size, heads."""
+    """A named size, as the papers' tables give it."""
 
     layers: int
     width: int
@@ -236,8 +267,16 @@ _CHOICES = {
 def as_pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
     """(height, width) from one side or both.
 
+    Args:
+        size: A side or a pair of sides.
+        name: What the error message calls it.
+
     Raises:
-        InputError: If it is neither an int nor two of them, or one is below 1.
+        InputError: If `size` is neither a positive integer nor a pair of positive integers.
+
+    Examples:
+        >>> as_pair(16, "patch_size")
+        (16, 16)
     """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):

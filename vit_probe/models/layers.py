@@ -1,4 +1,4 @@
-"""The layers of a Vision Transformer: attention, MLP and the pre-norm block that joins them."""
+"""The layers of a Vision Transformer: attention, MLP, and the pre-norm block that combines them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_probe.models.config import ViTConfig
+from vit_probe.errors import InputError
+from vit_probe.models.config import ViTConfig, as_pair
+from vit_probe.models.position_embedding import PatchPositions
+from vit_probe.models.relative_position import RelativePosition
+from vit_probe.models.rotary_position import rotate_by_position
 
 __all__ = ["Block", "DropPath", "Mask"]
 
@@ -23,7 +27,7 @@ class QuickGELU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * value, both halves of the last axis (Shazeer 2020, arXiv:2002.05202)."""
+    """silu(gate) * value, where gate and value are the two halves of the last axis (Shazeer 2020, arXiv:2002.05202)."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = x.chunk(2, dim=-1)
@@ -31,24 +35,46 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through `scaled_dot_product_attention`."""
+    """Multi-head self-attention, computed by `scaled_dot_product_attention`."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
+        dim, head_dim = config.embed_dim, config.dim_per_head
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.position = config.position
+        self.qkv = nn.Linear(dim, 3 * config.num_heads * head_dim, bias=config.qkv_bias)
         self.q_norm = nn.LayerNorm(head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(config.num_heads * head_dim, dim)
         self.drop = nn.Dropout(config.dropout)
+        if config.position == "relative":
+            self.rel_pos = RelativePosition(config.grid_size(*as_pair(config.image_size, "image_size")), head_dim)
 
-    def forward(self, x: Float[Tensor, "batch token dim"], mask: Mask | None = None) -> Float[Tensor, "batch token dim"]:
+    def forward(
+        self, x: Float[Tensor, "batch token dim"], mask: Mask | None = None, positions: PatchPositions | None = None
+    ) -> Float[Tensor, "batch token dim"]:
         query, key, value = rearrange(
             self.qkv(x), "batch token (three head dim) -> three batch head token dim", three=3, head=self.num_heads
         )
-        out = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, attn_mask=mask)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.position in ("relative", "rope_2d"):
+            if positions is None:
+                raise InputError(
+                    f"attention with {self.position} positions needs to know where the patches lie; call the model"
+                )
+            if self.position == "rope_2d":
+                query, key = rotate_by_position(query, positions), rotate_by_position(key, positions)
+            else:
+                mask = _with_bias(mask, self.rel_pos(query, positions))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.drop(self.proj(rearrange(out, "batch head token dim -> batch token (head dim)")))
+
+
+def _with_bias(mask: Mask | None, bias: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    """Mask and bias combined into one term to add to the scores."""
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 class Mlp(nn.Module):
@@ -75,7 +101,18 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, leaves a branch out for each image with probability `rate`, and scales the rest up."""
+    """Stochastic depth: in training, drops a residual branch for each image with probability `rate`, else scales it up.
+
+    Args:
+        rate: Probability of dropping the branch.
+
+    References:
+        Huang et al. 2016, arXiv:1603.09382.
+
+    Examples:
+        >>> DropPath(0.5).eval()(torch.ones(2, 3, 4)).sum()
+        tensor(24.)
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -92,8 +129,13 @@ class Block(nn.Module):
     """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        config: Of the whole model.
+        config: The model's configuration.
         drop_path: Rate of stochastic depth in this layer.
+
+    Examples:
+        >>> block = Block(ViTConfig(embed_dim=24, num_heads=3))
+        >>> block(torch.rand(2, 17, 24)).shape
+        torch.Size([2, 17, 24])
     """
 
     def __init__(self, config: ViTConfig, *, drop_path: float = 0.0) -> None:
@@ -108,6 +150,15 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask)))
+    def forward(
+        self, x: Float[Tensor, "batch token dim"], mask: Mask | None = None, positions: PatchPositions | None = None
+    ) -> Float[Tensor, "batch token dim"]:
+        """Tokens after the layer.
+
+        Args:
+            x: Tokens before it, prefix tokens first.
+            mask: As `scaled_dot_product_attention` takes it.
+            positions: Where the patches lie; only relative and rotary positions need it.
+        """
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask, positions)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,4 +1,4 @@
-"""What turns an image into a map of patch features: the linear patch stem, and the hybrid's BiT ResNet."""
+"""Patch embeddings: a linear projection of each patch, and the hybrid's BiT ResNet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ __all__ = ["BiTResNet", "HybridEmbed", "PatchEmbed"]
 
 
 class PatchEmbed(nn.Module):
-    """One linear projection of each patch of pixels, as a convolution whose stride is its kernel."""
+    """Linear projection of each patch of pixels, as a convolution whose stride equals its kernel size.
+
+    Args:
+        config: The model's configuration.
+
+    Examples:
+        >>> PatchEmbed(ViTConfig(patch_size=8, embed_dim=24, num_heads=3))(torch.rand(2, 3, 32, 48)).shape
+        torch.Size([2, 24, 4, 6])
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -26,7 +34,16 @@ class PatchEmbed(nn.Module):
 
 
 class HybridEmbed(nn.Module):
-    """A BiT ResNet whose feature map is cut into patches (of one cell each, in the papers) and projected."""
+    """A BiT ResNet, and a linear projection of each patch of its feature map (in the papers, of each cell).
+
+    Args:
+        config: The model's configuration, with a `stem`.
+
+    Examples:
+        >>> config = ViTConfig(32, 1, embed_dim=24, num_heads=3, stem=ResNetConfig((1, 1), width=32))
+        >>> HybridEmbed(config)(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 24, 4, 4])
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -41,11 +58,21 @@ class HybridEmbed(nn.Module):
 
 
 class BiTResNet(nn.Module):
-    """ResNet with weight-standardised convolutions, group norm and "same" padding; norm and ReLU follow each convolution.
+    """ResNet with weight-standardised convolutions, group norm and "same" padding.
+
+    Norm and ReLU follow each convolution, as in the original ResNet (version 1).
+
+    Args:
+        config: Depth and width.
+        in_channels: Colour channels of the input.
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.1 (ResNet (BiT)); Qiao et al. 2019, arXiv:1903.10520 (weight
         standardisation); Wu & He 2018, arXiv:1803.08494 (group norm).
+
+    Examples:
+        >>> BiTResNet(ResNetConfig((1, 1), width=32))(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 256, 4, 4])
     """
 
     def __init__(self, config: ResNetConfig, in_channels: int = 3) -> None:
@@ -72,7 +99,7 @@ class BiTResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual unit 1x1, 3x3, 1x1 with a projected shortcut where the shape changes."""
+    """Residual unit of a 1x1, a 3x3 and a 1x1 convolution; its shortcut is projected if the shape changes."""
 
     def __init__(self, width_in: int, width_out: int, stride: int) -> None:
         super().__init__()
@@ -94,7 +121,7 @@ class Bottleneck(nn.Module):
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution without bias whose filters are standardised to mean 0 and variance 1 before use, padded as "same"."""
+    """Convolution with "same" padding and no bias, whose filters are standardised to mean 0 and variance 1 before use."""
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(width_in, width_out, kernel, stride=stride, bias=False)
@@ -117,14 +144,14 @@ class GroupNormReLU(GroupNorm):
 
 
 class SameMaxPool2d(nn.Module):
-    """3 x 3 max pooling of stride 2, padded as "same"."""
+    """3 x 3 max pooling of stride 2 with "same" padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(_pad_same(x, 3, 2, value=-torch.inf), 3, stride=2)
 
 
 def _pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Pads so that the output has ceil(size / stride) cells; an odd pixel goes below and to the right, as in JAX."""
+    """Pads so that the output has ceil(size / stride) cells; the odd pixel goes below and to the right, as in JAX."""
     down, right = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
     return F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), value=value)
 

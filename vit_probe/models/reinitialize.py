@@ -1,4 +1,4 @@
-"""The same architecture with weights that no training has touched, to tell what training put there from what it found."""
+"""Randomly re-initialised models, as a baseline for what training has changed."""
 
 from __future__ import annotations
 
@@ -17,31 +17,40 @@ _DEVIATION = 0.02
 
 
 def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """A copy of `model` with all its weights drawn anew; `model` itself stays as it is.
+    """A copy of `model` with randomly re-initialised weights; `model` itself is not changed.
 
-    Every layer initialises itself as the class it is of does when it is made: what has a `reset_parameters` (all layers of
-    torch, many of timm) is reset by it, running statistics included. All that no layer initialises, such as a class token, a
-    table of positions, LayerScale or a layer of transformers' own, is drawn from N(0, 0.02^2), the usual start of tokens and
-    positions; so are embeddings, which torch itself starts at N(0, 1); and the scales of a norm are 1. This is one start for
-    models of all libraries, near to what training begins with, and not the recipe of any paper; in particular no start that
-    prefers one kind of attention.
+    Layers with a `reset_parameters` method (all of torch's, many of timm's) initialise themselves, running statistics
+    included. Parameters that no layer initialises, such as class tokens, position tables, LayerScale or layers that
+    transformers defines, are drawn from N(0, 0.02^2), the usual initialisation of tokens and positions. So are embeddings,
+    which torch would draw from N(0, 1). The scales of norms are set to 1. This is one initialisation for the models of all
+    libraries, close to what training starts from, rather than the recipe of any paper; it favours no kind of attention.
 
-    Left as they are: buffers that no layer resets, and tables that are no part of training (parameters without gradient among
-    others that have one), such as those of sines and cosines.
+    Not changed: buffers that no layer resets, and fixed tables such as those of sines and cosines, recognised as
+    parameters without gradient in a model whose others have one.
 
     Args:
         model: Any module.
-        seed: Of the draws, which are made on the CPU: the same on every device. torch's own state is as it was afterwards.
+        seed: Seed of the random numbers, which are drawn on the CPU and so are the same for every device. The state of
+            torch's global generator is restored.
 
     Returns:
-        The copy, on the model's device, called `NAME, random weights (seed SEED)` in what is measured of it.
+        The copy, on the model's device. Results call it `NAME, random weights (seed SEED)`.
 
     Raises:
-        InputError: If the model cannot be copied, holds parameters that are no floating-point numbers, a layer cannot be
-            reset, or all is without gradient, so that fixed tables cannot be told from frozen ones.
+        InputError: If the model cannot be copied, has parameters that are not floating-point, has a layer that cannot be
+            reset, or is frozen, so that fixed tables cannot be told from weights.
 
     References:
-        Adebayo et al. 2018, arXiv:1810.03292, section 3 (what does not change with the weights says nothing of the model).
+        Adebayo et al. 2018, arXiv:1810.03292, section 3 (model parameter randomization test).
+
+    Examples:
+        >>> import torch
+        >>> trained = nn.Linear(2, 3)
+        >>> random = random_weights(trained, seed=1)
+        >>> random.name
+        'Linear, random weights (seed 1)'
+        >>> torch.equal(random.weight, random_weights(trained, seed=1).weight)
+        True
     """
     home = first_parameter(model).device
     try:
@@ -58,14 +67,14 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
     if fixed and any(not parameter.requires_grad for parameter in reset_by_layers):
         raise InputError(
             f"{type(model).__name__} is frozen, so that tables which were never trained cannot be told from weights; call "
-            "requires_grad_(True) on what was trained"
+            "requires_grad_(True) on the parameters that were trained"
         )
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, parameter in copy.named_parameters():
             if not parameter.is_floating_point():
                 raise InputError(
-                    f"{name} of {type(model).__name__} is of {parameter.dtype}, which no random weights are; load "
+                    f"{name} of {type(model).__name__} is {parameter.dtype}, and random weights are floating-point; load "
                     "the model without quantisation"
                 )
             if parameter in fixed:
@@ -74,7 +83,7 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=_DEVIATION)
-        for module, reset in reversed(resets.items()):  # inner ones first, as when a model is built
+        for module, reset in reversed(resets.items()):  # submodules first, as when a model is built
             try:
                 reset()
             except Exception as error:
@@ -85,7 +94,7 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
 
 
 def _reset_of(module: nn.Module) -> Callable[[], object] | None:
-    """What initialises a layer anew; `nn.MultiheadAttention` has it under a private name."""
+    """The method that initialises a layer's parameters, if it has one; in `nn.MultiheadAttention` its name is private."""
     if isinstance(module, nn.Embedding):
         return None
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

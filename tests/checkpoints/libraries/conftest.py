@@ -1,4 +1,4 @@
-"""A hub's cache to put folders into, and photographs."""
+"""A hub cache that tests fill with folders, and a photograph."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
-    """Lays a folder out as the cache of the hub's client does; the hub itself is at an address that nothing answers."""
+    """Add a folder to the cache of the hub's client, in its layout; the hub is at an address where nothing responds."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
-    def lay_out(repository: str, folder: Path) -> None:
+    def add(repository: str, folder: Path) -> None:
         root = cache / f"models--{repository.replace('/', '--')}"
         shutil.copytree(folder, root / "snapshots" / COMMIT)
         (root / "refs").mkdir()
         (root / "refs/main").write_text(COMMIT)
 
-    return lay_out
+    return add
 
 
 @pytest.fixture(scope="session")
 def photograph() -> Image.Image:
-    """480 x 320 pixels: margins of the crops below are even numbers of pixels."""
+    """A photograph of 480 x 320 pixels, at which the tests' crops have margins of an even number of pixels."""
     return Image.fromarray(load_sample_image("china.jpg")).crop((40, 60, 520, 380))
 
 
 def change(folder: Path, *, remove: str = "", **added: torch.Tensor) -> None:
-    """Takes the parameters whose names begin with `remove` out of a folder's weights, and puts others in."""
+    """Remove the parameters whose names begin with `remove` from a folder's weights, and add others."""
     state = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in state.items() if not (remove and name.startswith(remove))}
     assert len(kept) < len(state) or not remove

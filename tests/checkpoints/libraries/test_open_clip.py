@@ -1,4 +1,4 @@
-"""open_clip's image towers, against what open_clip itself builds."""
+"""open_clip's image towers, compared with what open_clip itself builds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SQUASHED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "b
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An architecture `tiny` and its weights in `tiny.safetensors`, which is published under two tags as well."""
+    """An architecture `tiny` with weights in `tiny.safetensors`, which are also listed under two tags."""
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", CONFIG)
     file = str(tmp_path / "tiny.safetensors")
     monkeypatch.setitem(
@@ -62,7 +62,7 @@ def test_a_checkpoint_file(tiny: Any, tmp_path: Path, photograph: Image.Image) -
         assert torch.equal(load_model(f"open_clip:tiny/{tmp_path / 'epoch_3.pt'}")(images(48)), tiny.visual(images(48)))
 
 
-def test_a_tag_brings_its_preprocessing(tiny: Any, photograph: Image.Image) -> None:
+def test_a_tag_sets_the_preprocessing(tiny: Any, photograph: Image.Image) -> None:
     ours = load_model("open_clip:tiny/squashed")
     assert ours.name == "open_clip:tiny/squashed"
     _, _, transform = open_clip.create_model_and_transforms("tiny", pretrained="squashed")
@@ -71,8 +71,8 @@ def test_a_tag_brings_its_preprocessing(tiny: Any, photograph: Image.Image) -> N
         assert torch.equal(ours(images(48)), tiny.visual(images(48)))
 
 
-def test_a_tag_brings_its_activation(tiny: Any) -> None:
-    """Of two names of an architecture the one with the wrong GELU only makes open_clip warn."""
+def test_a_tag_sets_the_activation(tiny: Any) -> None:
+    """Given an architecture's name with the wrong GELU, open_clip only warns; we use the one that the weights need."""
     quick = open_clip.create_model("tiny", force_quick_gelu=True).eval()
     quick.load_state_dict(tiny.state_dict())
     with torch.no_grad():
@@ -113,9 +113,9 @@ def test_a_folder_and_the_hub(tiny: Any, tmp_path: Path, put: Callable[[str, Pat
         ("", r"^open_clip has no architecture ''$"),
         (
             "ViT-B-16",
-            r"^open_clip needs to be told which weights to take; write open_clip:ViT-B-16/TAG with one of openai, laion",
+            r"^open_clip:ViT-B-16 names no weights; write open_clip:ViT-B-16/TAG with one of openai, laion",
         ),
-        ("ViT-B-16/", r"^open_clip needs to be told which weights"),
+        ("ViT-B-16/", r"^open_clip:ViT-B-16/ names no weights"),
         (
             "ViT-B-16/laion3b",
             r"^open_clip has no weights 'laion3b' for ViT-B-16; write .*one of openai, .*ViT-B-16/PATH with the",
@@ -123,15 +123,13 @@ def test_a_folder_and_the_hub(tiny: Any, tmp_path: Path, put: Callable[[str, Pat
         ("ViT-S-16/x", r"^open_clip has no weights 'x' for ViT-S-16; it lists none; or open_clip:ViT-S-16/PATH with the path"),
     ],
 )
-def test_names_that_are_none(name: str, message: str) -> None:
+def test_invalid_names(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_model(f"open_clip:{name}")
 
 
-def test_overrides_are_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"^open_clip:ViT-B-32/openai is a model of open_clip's own; .* leave out num_classes$"
-    ):
+def test_overrides_are_rejected() -> None:
+    with pytest.raises(InputError, match=r"^open_clip:ViT-B-32/openai is loaded by open_clip; .* leave out num_classes$"):
         load_model("open_clip:ViT-B-32/openai", num_classes=0)
 
 
@@ -153,13 +151,13 @@ def test_weights_that_do_not_fit_or_are_damaged(tiny: Any, tmp_path: Path) -> No
     assert not (tmp_path / "ran").exists()
 
 
-def test_preprocessing_that_can_be_expressed_and_that_cannot(photograph: Image.Image) -> None:
+def test_supported_and_unsupported_preprocessing(photograph: Image.Image) -> None:
     wide = _preprocessing(asdict(PreprocessCfg(size=(32, 64), resize_mode="squash")))
     assert wide is not None
     transform = factory.image_transform_v2(PreprocessCfg(size=(32, 64), resize_mode="squash"), is_train=False)
     assert torch.equal(wide(photograph), transform(photograph))
     assert _preprocessing(asdict(PreprocessCfg(size=(32, 64)))) is None
-    with pytest.warns(AssumptionWarning, match=r"fills the rest of the frame; here .* exactly 48 x 48 pixels instead"):
+    with pytest.warns(AssumptionWarning, match=r"pads it; here .* exactly 48 x 48 pixels instead"):
         framed = _preprocessing(asdict(PreprocessCfg(size=48, resize_mode="longest", interpolation="random")))
     assert framed is not None
     assert (framed.size, framed.resize, framed.interpolation) == ((48, 48), (48, 48), "bicubic")

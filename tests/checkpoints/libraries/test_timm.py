@@ -1,4 +1,4 @@
-"""timm's own models where `VisionTransformer` does not cover them, against what timm itself builds."""
+"""timm's own models where `VisionTransformer` does not cover them, compared with what timm itself builds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from tests.checkpoints.libraries.conftest import change
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
-from vit_probe.checkpoints.libraries.timm import similar_names
+from vit_probe.checkpoints.hub import similar_timm_models
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.models.vit import VisionTransformer
 
@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_base_patch16_siglip_224": ("VisionTransformer", TINY),
     "vit_so400m_patch16_siglip_gap_256": ("VisionTransformer", TINY),
     "beit_base_patch16_224": ("Beit", TINY | {"num_classes": 5}),
-    "hiera_tiny_224": ("Hiera", {"stages": (1, 1, 1, 1), "num_classes": 5}),  # whose width says nothing about its heads
+    "hiera_tiny_224": ("Hiera", {"stages": (1, 1, 1, 1), "num_classes": 5}),  # its width does not determine the number of heads
     "samvit_base_patch16": ("VisionTransformerSAM", TINY | {"img_size": 1024, "global_attn_indexes": (1,)}),
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_timms_own_model_with_its_weights_and_preprocessing(architecture: str, t
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded))
     prepared = ours.preprocessing(photograph)
     assert torch.equal(prepared, transform(photograph))
-    if architecture != "samvit_base_patch16":  # a photograph of 1,024 x 1,024 takes long
+    if architecture != "samvit_base_patch16":  # a forward pass at 1,024 x 1,024 pixels takes long
         with torch.no_grad():
             assert_same(
                 ours(prepared[None]), theirs(prepared[None]), tolerance=1e-5 if architecture.startswith("swin") else 1e-12
@@ -82,8 +82,8 @@ def test_from_the_hubs_cache(
         assert torch.equal(ours(images(56)), theirs(images(56)))
 
 
-def test_attention_is_fused_where_timm_can(tmp_path: Path) -> None:
-    """Swin's only where it is asked for; nothing stays changed."""
+def test_attention_is_fused_wherever_timm_can(tmp_path: Path) -> None:
+    """timm fuses Swin's attention only on request; the request is withdrawn afterwards."""
     theirs = _save("swin_tiny_patch4_window7_224", tmp_path)
     assert not theirs.layers[0].blocks[0].attn.fused_attn
     assert load_model(tmp_path).layers[0].blocks[0].attn.fused_attn
@@ -96,25 +96,28 @@ def test_attention_is_fused_where_timm_can(tmp_path: Path) -> None:
         timm.layers.set_fused_attn(True)
 
 
-def test_ours_where_it_covers_the_model(tmp_path: Path) -> None:
+def test_our_own_model_where_it_covers_the_architecture(tmp_path: Path) -> None:
     theirs = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5))
     timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
     assert isinstance(load_model(tmp_path), VisionTransformer)
     assert isinstance(load_model(tmp_path / "model.safetensors", num_classes=0), VisionTransformer)
 
 
-def test_what_was_assumed_is_said_of_our_own_model_only(tmp_path: Path) -> None:
-    for architecture in ("eva02_tiny_patch14_224", "vit_tiny_patch16_224"):  # both 192 wide, with heads that no file names
+def test_warnings_about_assumptions_concern_our_own_model_only(tmp_path: Path) -> None:
+    for architecture in (
+        "eva02_tiny_patch14_224",
+        "vit_tiny_patch16_224",
+    ):  # both 192 wide, in files without the number of heads
         timm.models.save_for_hf(timm.create_model(architecture, depth=1), tmp_path / architecture, safe_serialization=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert type(load_model(tmp_path / "eva02_tiny_patch14_224")).__name__ == "Eva"
     assert not [warning for warning in caught if issubclass(warning.category, AssumptionWarning)]
-    with pytest.warns(AssumptionWarning, match="3 are assumed, as published models have of width 192"):
+    with pytest.warns(AssumptionWarning, match="3 are assumed, as in published models of width 192"):
         assert load_model(tmp_path / "vit_tiny_patch16_224").config.num_heads == 3
 
 
-def test_the_file_in_the_folder_is_the_folder(tmp_path: Path) -> None:
+def test_a_weight_file_next_to_its_configuration_is_loaded_with_it(tmp_path: Path) -> None:
     _save("eva02_tiny_patch14_224", tmp_path)
     assert type(load_model(tmp_path / "model.safetensors")).__name__ == "Eva"
     (tmp_path / "config.json").unlink()
@@ -122,23 +125,21 @@ def test_the_file_in_the_folder_is_the_folder(tmp_path: Path) -> None:
         load_model(tmp_path / "model.safetensors", num_heads=4)
 
 
-def test_images_that_do_not_divide_into_patches_are_timms(tmp_path: Path) -> None:
+def test_images_that_do_not_divide_into_patches_are_left_to_timm(tmp_path: Path) -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=60, patch_size=16, num_classes=3)
     timm.models.save_for_hf(randomize(theirs), tmp_path, safe_serialization=True)
     ours = load_model(tmp_path)
     assert type(ours) is type(theirs)
     with torch.no_grad():
         assert torch.equal(ours(images(60)), theirs(images(60)))
-    with pytest.raises(InputError, match="images of 60 x 60 pixels do not divide into patches of 16 x 16; a library's model"):
+    with pytest.raises(InputError, match=r"images of 60 x 60 pixels do not divide into patches of 16 x 16\); models of"):
         load_model(tmp_path, num_heads=3)
 
 
-def test_overrides_are_refused(tmp_path: Path) -> None:
+def test_overrides_are_rejected(tmp_path: Path) -> None:
     _save("vit_small_patch16_dinov3", tmp_path)
-    message = (
-        r"holds a model of timm's own, because for VisionTransformer the checkpoint holds no position table .*; a library's"
-    )
-    with pytest.raises(InputError, match=message + " model takes no fields of ViTConfig, leave out num_classes$"):
+    message = r"is loaded by timm, because VisionTransformer does not cover it \(the checkpoint holds no position table .*\); "
+    with pytest.raises(InputError, match=message + "models of .* accept no fields of ViTConfig, leave out num_classes$"):
         load_model(tmp_path, num_classes=0)
 
 
@@ -147,17 +148,16 @@ def test_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path / "vit", safe_serialization=True)
     monkeypatch.setitem(sys.modules, "timm", None)
     message = (
-        r"^.*swin can be read neither as VisionTransformer \(.* no parameter blocks\.0\.mlp\.fc2\.weight\) nor by timm \(the "
+        r"^.*swin can be loaded neither as VisionTransformer \(.* no parameter blocks\.0\.mlp\.fc2\.weight\) nor with timm "
+        r"\(the architecture swin_.* needs the package timm: pip install 'vit-probe\[timm\]'\)$"
     )
-    with pytest.raises(
-        InputError, match=message + r"architecture swin_.* needs the package timm: pip install 'vit-probe\[timm\]'\)$"
-    ):
+    with pytest.raises(InputError, match=message):
         load_model(tmp_path / "swin")
     assert isinstance(load_model(tmp_path / "vit"), VisionTransformer)
-    assert similar_names("vit_tiny") == ""
+    assert similar_timm_models("vit_tiny") == ""
 
 
-def test_a_library_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _save("swin_tiny_patch4_window7_224", tmp_path / "swin")
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.delitem(sys.modules, "timm")
@@ -173,7 +173,7 @@ def _rewrite(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_an_architecture_that_timm_has_not(tmp_path: Path) -> None:
+def test_an_architecture_that_timm_does_not_have(tmp_path: Path) -> None:
     _save("eva02_tiny_patch14_224", tmp_path)
     _rewrite(tmp_path, architecture="eva02_tiny_patch14_225")
     with pytest.raises(
@@ -184,8 +184,8 @@ def test_an_architecture_that_timm_has_not(tmp_path: Path) -> None:
 
 
 def test_similar_names() -> None:
-    assert "vit_small_patch16_224.augreg_in21k" in similar_names("vit_small_patch16_224.augreg_in21")
-    assert similar_names("qqqqqqqqqqqqqqqqqqqqqqqqqqqqq") == ""
+    assert "vit_small_patch16_224.augreg_in21k" in similar_timm_models("vit_small_patch16_224.augreg_in21")
+    assert similar_timm_models("qqqqqqqqqqqqqqqqqqqqqqqqqqqqq") == ""
 
 
 @pytest.mark.parametrize(
@@ -193,13 +193,16 @@ def test_similar_names() -> None:
     [
         (
             "eva02_tiny_patch14_224",
-            r"it does not load as eva02_tiny_patch14_224: .*Missing key\(s\).*\"blocks\.1\.mlp\.fc1\.weight",
+            r"the weights do not load into eva02_tiny_patch14_224: .*Missing key\(s\).*\"blocks\.1\.mlp\.fc1\.weight",
         ),
-        ("vit_so400m_patch16_siglip_gap_256", r"it does not hold all of \S+: Missing keys \(blocks\.1\.mlp\.fc1\.weight\)"),
+        (
+            "vit_so400m_patch16_siglip_gap_256",
+            r"the weights are incomplete for \S+: Missing keys \(blocks\.1\.mlp\.fc1\.weight\)",
+        ),
     ],
 )
 def test_parameters_that_are_missing_are_never_random(architecture: str, message: str, tmp_path: Path) -> None:
-    """For the second architecture timm loads leniently, and only logs it."""
+    """timm loads the second architecture leniently: it only logs which parameters are missing."""
     _save(architecture, tmp_path)
     change(tmp_path, remove="blocks.1.mlp.fc1.weight")
     with pytest.raises(InputError, match=message):
@@ -212,15 +215,15 @@ def test_a_head_of_another_number_of_classes_is_not_random(tmp_path: Path) -> No
     _save("eva02_tiny_patch14_224", tmp_path)
     _rewrite(tmp_path, num_classes=9)
     with pytest.raises(
-        InputError, match=r"does not hold all of eva02_tiny_patch14_224: Missing keys \(head\.weight, head\.bias\)"
+        InputError, match=r"are incomplete for eva02_tiny_patch14_224: Missing keys \(head\.weight, head\.bias\)"
     ):
         load_model(tmp_path)
 
 
-def test_parameters_that_are_too_many_or_no_numbers(tmp_path: Path) -> None:
+def test_parameters_that_are_unexpected_or_not_finite(tmp_path: Path) -> None:
     _save("eva02_tiny_patch14_224", tmp_path)
     change(tmp_path, extra=torch.zeros(3))
-    with pytest.raises(InputError, match=r"it does not load as eva02_tiny_patch14_224: .*Unexpected key.*\"extra\""):
+    with pytest.raises(InputError, match=r"do not load into eva02_tiny_patch14_224: .*Unexpected key.*\"extra\""):
         load_model(tmp_path)
     change(tmp_path, remove="extra", **{"fc_norm.weight": torch.full((48,), torch.nan)})
     with pytest.raises(InputError, match=r"holds NaN or infinity .* in fc_norm\.weight"):
@@ -228,7 +231,7 @@ def test_parameters_that_are_too_many_or_no_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_damage_is_said_and_not_fallen_back_from(pickled: bool, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_without_fallback(pickled: bool, tmp_path: Path) -> None:
     _save("eva02_tiny_patch14_224", tmp_path, pickled=pickled)
     file = tmp_path / ("pytorch_model.bin" if pickled else "model.safetensors")
     file.write_bytes(file.read_bytes()[:-1000])

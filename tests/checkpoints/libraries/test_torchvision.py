@@ -1,4 +1,4 @@
-"""torchvision's models by name: its Vision Transformers as ours, others as torchvision's own."""
+"""torchvision's models by name: its Vision Transformers become ours, others stay torchvision's own."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from torchvision.models.vision_transformer import VisionTransformer as TheirVisi
 
 
 class Published:
-    """Stands in for the download: what `weights.get_state_dict` gives, and what it was asked."""
+    """Replaces the download: `weights.get_state_dict` returns `state`, and its calls are recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.state: dict[str, Any] = {}
-        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
 
         def get_state_dict(weights: Any, **options: Any) -> dict[str, Any]:
-            self.asked.append((str(weights), options))
+            self.calls.append((str(weights), options))
             return self.state
 
         monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
@@ -51,8 +51,8 @@ def test_torchvisions_own_model(name: str, weights: Any, published: Published, p
     ours = load_model(f"torchvision:{name}")
     assert type(ours) is type(theirs)
     assert (ours.name, ours.training) == (f"torchvision:{name}", False)
-    assert published.asked[0][0] == str(weights)
-    assert published.asked[0][1].items() >= {"check_hash": True, "weights_only": True, "progress": False}.items()
+    assert published.calls[0][0] == str(weights)
+    assert published.calls[0][1].items() >= {"check_hash": True, "weights_only": True, "progress": False}.items()
     prepared = ours.preprocessing(photograph)
     assert torch.equal(prepared, weights.transforms()(photograph))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_vision_transformers_are_ours_with_the_preprocessing_of_their_weights(
     ours = load_model(name)
     assert isinstance(ours, VisionTransformer)
     assert (ours.name, ours.config.image_size, ours.config.num_heads) == (name, (size, size), 12)
-    assert published.asked[0][0] == str(weights)
+    assert published.calls[0][0] == str(weights)
     assert ours.preprocessing is not None
     assert torch.equal(ours.preprocessing(photograph), weights.transforms()(photograph))
     with torch.no_grad():
@@ -79,13 +79,13 @@ def test_vision_transformers_are_ours_with_the_preprocessing_of_their_weights(
     assert load_model(name, num_classes=0).config.num_classes == 0
 
 
-def test_every_preset_can_be_expressed() -> None:
+def test_every_preset_is_supported() -> None:
     from vit_probe.checkpoints.libraries.torchvision import _preprocessing
 
     models = torchvision.models
     weights = [weights for name in models.list_models(module=models) for weights in models.get_model_weights(name)]
     assert len(weights) > 100
-    assert not [str(one) for one in weights if _preprocessing(one.transforms()) is None]
+    assert not [str(entry) for entry in weights if _preprocessing(entry.transforms()) is None]
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_every_preset_can_be_expressed() -> None:
         ("swin_t.SWAG", r"^torchvision has no weights 'SWAG' of swin_t; it has IMAGENET1K_V1, DEFAULT$"),
     ],
 )
-def test_names_that_are_none(name: str, message: str, published: Published) -> None:
+def test_invalid_names(name: str, message: str, published: Published) -> None:
     with pytest.raises(InputError, match=message):
         load_model(f"torchvision:{name}")
-    assert not published.asked
+    assert not published.calls
 
 
-def test_overrides_are_refused_before_anything_is_fetched(published: Published) -> None:
-    with pytest.raises(InputError, match=r"^torchvision:swin_t is a model of torchvision's own; .* leave out num_classes$"):
+def test_overrides_are_rejected_before_any_download(published: Published) -> None:
+    with pytest.raises(InputError, match=r"^torchvision:swin_t is loaded by torchvision; .* leave out num_classes$"):
         load_model("torchvision:swin_t", num_classes=0)
-    assert not published.asked
+    assert not published.calls
 
 
 def test_weights_that_do_not_fit(published: Published) -> None:
@@ -122,19 +122,19 @@ def test_weights_that_do_not_fit(published: Published) -> None:
 
 
 def test_without_a_network_and_with_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **options: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(
-        InputError, match=rf"can be neither fetched nor read from {tmp_path}/checkpoints \(URLError: .*no route"
+        InputError, match=rf"can be neither downloaded nor read from {tmp_path}/checkpoints \(URLError: .*no route"
     ):
         load_model("torchvision:resnet18")
     file = tmp_path / "checkpoints/resnet18-f37072fd.pth"
     file.write_bytes(b"hello world" * 50)
     with pytest.raises(
-        InputError, match=r"ResNet18_Weights\.IMAGENET1K_V1 can be neither fetched nor read .*delete the file there"
+        InputError, match=r"ResNet18_Weights\.IMAGENET1K_V1 can be neither downloaded nor read .*delete the file there"
     ):
         load_model("torchvision:resnet18")
     torch.save({"fc.bias": Exploit(tmp_path / "ran")}, file)

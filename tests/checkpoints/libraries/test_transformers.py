@@ -1,4 +1,4 @@
-"""transformers' own models where `VisionTransformer` does not cover them, against what transformers itself builds."""
+"""transformers' own models where `VisionTransformer` does not cover them, compared with what transformers itself builds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ SIGLIP = {"vision_config": VISION, "text_config": TEXT | {"projection_size": 32}
 SQUARE = {"size": {"height": 48, "width": 48}}
 CROPPED = {"size": {"shortest_edge": 60}, "crop_size": {"height": 48, "width": 48}}
 
-# The saved model, its configuration, its image processor; what is loaded, and which part of the saved model that is.
+# Class, configuration class and arguments of the saved model, its image processor, the class of the loaded model, and the path
+# of the same part in the saved model.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, dict[str, Any]], str, str]] = {
     "CLIP": ("CLIPModel", "CLIPConfig", TOWERS, ("CLIPImageProcessor", CROPPED), "CLIPVisionModel", "vision_model"),
     "CLIP's image tower": (
@@ -66,7 +67,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, dict[str, Any]], 
 
 
 def _save(family: str, folder: Path) -> tuple[Any, Any]:
-    """The model and the image processor, which lie in the folder afterwards."""
+    """Save a model and its image processor to the folder, and return both."""
     model_class, config_class, arguments, (processor_class, settings), _, _ = FAMILIES[family]
     model = randomize(getattr(transformers, model_class)(getattr(transformers, config_class)(**arguments)))
     processor = getattr(transformers, processor_class)(**settings)
@@ -90,8 +91,8 @@ def test_transformers_own_model_with_its_weights_and_preprocessing(
         assert_same(ours(pixels).last_hidden_state, theirs(pixels).last_hidden_state, tolerance=1e-6)
     prepared = ours.preprocessing(photograph)
     assert prepared.shape == pixels[0].shape
-    # transformers resizes tensors, here it is images: one grey level of 255 apart here and there, and a few at the edges of
-    # values that a bicubic filter drives beyond 0 or 255, which DINOv3's processor leaves there.
+    # transformers resizes tensors and we resize images, which round differently: by one grey level (of 255) in some pixels.
+    # DINOv3 differs by more at edges, because its processor keeps values that the bicubic filter moves below 0 or above 255.
     assert (prepared - pixels[0]).abs().mean() < 0.5 / 255 / min(ours.preprocessing.std)
     limit = 30 if family == "DINOv3" else 3
     assert (prepared - pixels[0]).abs().max() < limit / 255 / min(ours.preprocessing.std)
@@ -121,16 +122,16 @@ def test_a_processor_that_was_saved_with_a_tokenizer(tmp_path: Path) -> None:
     assert prepared.mean == (0.48145466, 0.4578275, 0.40821073)
 
 
-def test_without_a_processor_the_usual_preprocessing_is_assumed(tmp_path: Path) -> None:
+def test_without_a_processor_imagenets_preprocessing_is_assumed(tmp_path: Path) -> None:
     _save("SigLIP", tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.warns(AssumptionWarning, match="assumed and 48 x 48 pixels cut from a shorter side of 55"):
+    with pytest.warns(AssumptionWarning, match="assumed, .*shorter side to 55 pixels and cutting 48 x 48 "):
         prepared = load_model(tmp_path).preprocessing
-    assert prepared == Preprocessing.usual((48, 48))
+    assert prepared == Preprocessing.imagenet((48, 48))
 
 
-def test_the_part_of_sam_that_sees_the_image(tmp_path: Path, photograph: Image.Image) -> None:
-    """Its processor fills up the frame: the photograph is resized to the whole frame instead, and that is said."""
+def test_sams_image_encoder(tmp_path: Path, photograph: Image.Image) -> None:
+    """SAM's processor pads: the photograph is resized to the padded size instead, with a warning."""
     small = {"hidden_size": 16, "image_size": 64, "patch_size": 8}
     config = transformers.SamConfig(
         vision_config=VISION | {"image_size": 64, "output_channels": 16, "mlp_dim": 48, "window_size": 4},
@@ -141,7 +142,7 @@ def test_the_part_of_sam_that_sees_the_image(tmp_path: Path, photograph: Image.I
     saved.save_pretrained(tmp_path)
     frame = {"height": 64, "width": 64}
     transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size=frame).save_pretrained(tmp_path)
-    with pytest.warns(AssumptionWarning, match="fills the rest of the frame; here .* exactly 64 x 64 pixels instead"):
+    with pytest.warns(AssumptionWarning, match="pads it; here .* exactly 64 x 64 pixels instead"):
         ours = load_model(tmp_path)
     assert type(ours).__name__ == "SamVisionModel"
     assert ours.preprocessing == Preprocessing((64, 64), (64, 64), mean=IMAGENET_MEAN, interpolation="bilinear")
@@ -153,14 +154,14 @@ def test_the_part_of_sam_that_sees_the_image(tmp_path: Path, photograph: Image.I
 @pytest.mark.parametrize(
     "settings",
     [
-        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 48}},  # cuts by a share of its own
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 48}},  # crops by a ratio of its own
         {"image_processor_type": "MobileViTImageProcessor", **CROPPED},  # swaps red and blue
-        {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8},  # gives patches in place of an image
+        {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8},  # returns patches instead of an image
         {"image_processor_type": "SomeImageProcessor", "auto_map": {"AutoImageProcessor": "code.SomeImageProcessor"}},
     ],
     ids=lambda settings: settings["image_processor_type"],
 )
-def test_a_processor_with_ways_of_its_own_is_not_translated(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_processors_that_do_more_than_resize_and_crop_are_not_converted(settings: dict[str, Any], tmp_path: Path) -> None:
     _save("SigLIP", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     (tmp_path / "code.py").write_text("open('ran', 'w')")
@@ -168,13 +169,13 @@ def test_a_processor_with_ways_of_its_own_is_not_translated(settings: dict[str, 
     assert not Path("ran").exists()
 
 
-def test_a_processor_that_cannot_be_run_is_taken_at_its_word(tmp_path: Path) -> None:
+def test_a_processor_that_cannot_be_run_is_converted_with_a_warning(tmp_path: Path) -> None:
     _save("CLIP", tmp_path)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     code = {"image_processor_type": "SomeImageProcessor", "auto_map": {"AutoImageProcessor": "code.SomeImageProcessor"}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | code))
     with pytest.warns(
-        AssumptionWarning, match=r"cannot be run here \(.*\); photographs are prepared as its configuration reads"
+        AssumptionWarning, match=r"cannot be run here \(.*\); photographs are prepared according to its configuration alone"
     ):
         prepared = load_model(tmp_path).preprocessing
     assert (prepared.size, prepared.resize, prepared.interpolation) == ((48, 48), 60, "bicubic")
@@ -191,7 +192,7 @@ def test_siglip2_takes_patches_and_has_no_preprocessing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decoder", [True, False])
 def test_mae_is_ours_without_its_decoder(decoder: bool, tmp_path: Path) -> None:
-    """transformers' model hides patches at random and puts the others in random order; asked not to, it is the same."""
+    """transformers' model masks and shuffles patches at random; with both switched off, it equals ours."""
     small = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
     config = transformers.ViTMAEConfig(**VISION, **small, decoder_intermediate_size=32, mask_ratio=0.0)
     saved = randomize((transformers.ViTMAEForPreTraining if decoder else transformers.ViTMAEModel)(config))
@@ -209,7 +210,7 @@ def test_mae_is_ours_without_its_decoder(decoder: bool, tmp_path: Path) -> None:
 
 
 def test_a_pooler_is_left_out_where_the_file_has_none(tmp_path: Path) -> None:
-    """As in a file of pre-training; transformers would make up a random one."""
+    """Pre-trained files often have none; transformers would initialise one at random."""
     config = transformers.BeitConfig(**VISION, use_absolute_position_embeddings=True, use_mask_token=True)
     saved = randomize(transformers.BeitForMaskedImageModeling(config))
     saved.save_pretrained(tmp_path)
@@ -220,9 +221,9 @@ def test_a_pooler_is_left_out_where_the_file_has_none(tmp_path: Path) -> None:
         assert_same(ours(images(48)).last_hidden_state, saved.beit(images(48)).last_hidden_state, tolerance=1e-6)
 
 
-def test_overrides_are_refused(tmp_path: Path) -> None:
+def test_overrides_are_rejected(tmp_path: Path) -> None:
     _save("DINOv3", tmp_path)
-    message = r"holds a model of transformers's own, because for VisionTransformer its type is 'dinov3_vit'; .*"
+    message = r"is loaded by transformers, because VisionTransformer does not cover it \(its model_type is 'dinov3_vit'; .*"
     with pytest.raises(InputError, match=message + "leave out num_heads, image_size$"):
         load_model(tmp_path, num_heads=4, image_size=48)
 
@@ -232,14 +233,14 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(tmp_path / "vit")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        InputError, match=r"siglip can be read neither .* nor by transformers \(a model of type 'siglip' needs the package "
+        InputError, match=r"siglip can be loaded neither .* nor with transformers \(a model of type 'siglip' needs the package "
         r"transformers: pip install 'vit-probe\[transformers\]'\)$"
     ):  # fmt: skip
         load_model(tmp_path / "siglip")
     assert isinstance(load_model(tmp_path / "vit"), VisionTransformer)
 
 
-def test_a_class_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _save("SigLIP", tmp_path)
 
     class Broken:
@@ -256,14 +257,15 @@ def test_a_class_that_does_not_import(tmp_path: Path, monkeypatch: pytest.Monkey
         load_model(tmp_path)
 
 
-def test_a_type_that_transformers_has_not(tmp_path: Path) -> None:
+def test_a_model_type_that_transformers_does_not_have(tmp_path: Path) -> None:
     _save("SigLIP", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     code = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "siglop", "auto_map": code}))
     (tmp_path / "code.py").write_text("open('ran', 'w')")
     with pytest.raises(
-        InputError, match=r"nor by transformers \(transformers \d\S+ has no model of type 'siglop' .*similar names are .*siglip"
+        InputError,
+        match=r"nor with transformers \(transformers \d\S+ has no model of type 'siglop' .*similar names are .*siglip",
     ):
         load_model(tmp_path)
     assert not Path("ran").exists()
@@ -273,45 +275,47 @@ def test_a_type_that_transformers_has_not(tmp_path: Path) -> None:
     ("family", "prefix"),
     [("SigLIP", "vision_model.encoder."), ("I-JEPA", "encoder.layer."), ("BEiT with a head", "beit.encoder.")],
 )
-def test_parameters_that_do_not_fit_are_refused(family: str, prefix: str, tmp_path: Path) -> None:
+def test_parameters_that_do_not_fit_are_rejected(family: str, prefix: str, tmp_path: Path) -> None:
     _save(family, tmp_path)
     names = [name for name in load_file(tmp_path / "model.safetensors") if name.startswith(prefix) and name.endswith("weight")]
     *_, loaded_class, _ = FAMILIES[family]
     shape = load_file(tmp_path / "model.safetensors")[names[0]].shape
     change(tmp_path, **{f"{prefix}extra.weight": torch.zeros(3)})
-    with pytest.raises(InputError, match=rf"nor by transformers \(it does not fit {loaded_class}; unexpected: .*extra\.weight"):
+    with pytest.raises(
+        InputError, match=rf"nor with transformers \(the weights do not fit {loaded_class}; unexpected: .*extra\.weight"
+    ):
         load_model(tmp_path)
     change(tmp_path, remove=f"{prefix}extra.weight", **{names[0]: torch.zeros(3, 3)})
-    with pytest.raises(InputError, match=rf"it does not load as {loaded_class}: .*mismatch|wrongly shaped"):
+    with pytest.raises(InputError, match=rf"the weights do not load into {loaded_class}: .*mismatch|wrongly shaped"):
         load_model(tmp_path)
     change(tmp_path, **{names[0]: torch.full(shape, torch.inf)})
     with pytest.raises(InputError, match="holds NaN or infinity"):
         load_model(tmp_path)
     change(tmp_path, remove=names[0])
-    with pytest.raises(InputError, match=rf"it does not fit {loaded_class}; missing: "):
+    with pytest.raises(InputError, match=rf"the weights do not fit {loaded_class}; missing: "):
         load_model(tmp_path)
 
 
-def test_one_tower_alone_is_not_made_up(tmp_path: Path) -> None:
+def test_a_missing_image_tower_is_not_initialised_at_random(tmp_path: Path) -> None:
     _save("CLIP", tmp_path)
     change(tmp_path, remove="vision_model.")
-    with pytest.raises(InputError, match=r"does not fit CLIPVisionModel; missing: embeddings\.class_embedding"):
+    with pytest.raises(InputError, match=r"do not fit CLIPVisionModel; missing: embeddings\.class_embedding"):
         load_model(tmp_path)
 
 
-def test_damage_is_said(tmp_path: Path) -> None:
+def test_damaged_files(tmp_path: Path) -> None:
     _save("DINOv3", tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
-    with pytest.raises(InputError, match="it does not load as DINOv3ViTModel: "):
+    with pytest.raises(InputError, match="the weights do not load into DINOv3ViTModel: "):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"preprocessor_config\.json is not readable as JSON"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json is not valid JSON"):
         load_model(tmp_path)
 
 
-def test_nothing_of_transformers_is_left_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_transformers_are_restored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     logging = transformers.utils.logging
     _save("SigLIP", tmp_path)
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""timm's own models, from folders in its hub layout."""
+"""Loading timm's own models, from folders in its hub layout."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 
 from torch import nn
 
-from vit_probe.checkpoints import timm as reader
-from vit_probe.checkpoints.libraries import adopt, import_library, reason, similar
+from vit_probe.checkpoints.import_library import import_library, one_line, suggest_similar
+from vit_probe.checkpoints.libraries import finish_model
+from vit_probe.checkpoints.timm import preprocessing_from_config
 from vit_probe.errors import InputError
 
-__all__ = ["load_folder", "similar_names"]
+__all__ = ["load_folder"]
 
 
 def load_folder(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """timm's model with the folder's weights, and with timm's preprocessing for it.
+    """Load timm's model with the folder's weights and timm's preprocessing for it.
 
-    Its attention is fused wherever timm can fuse it, also where timm calls that experimental (Swin), unless fused attention
-    was switched off: through it attention is seen.
+    Its attention is fused wherever timm can, including where timm calls that experimental (Swin), because attention is
+    captured in the fused function. If fused attention was switched off in timm, it stays off.
 
     Args:
-        folder: What `timm.models.save_for_hf` writes: `config.json` and weights.
-        config: What `config.json` holds.
+        folder: A folder written by `timm.models.save_for_hf`, with `config.json` and weights.
+        config: Content of `config.json`.
 
     Raises:
         InputError: If timm is not installed or has no such architecture, or the weights do not fit it.
@@ -33,57 +34,49 @@ def load_folder(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     architecture = str(config["architecture"])
     timm = import_library("timm", f"the architecture {architecture}")
     if not timm.is_model(architecture):
-        close = similar(architecture, timm.list_models())
-        raise InputError(f"timm {timm.__version__} has no architecture {architecture}{close}; a newer timm may have it")
-    with _left_out() as missing, _fused_attention(timm):
+        similar = suggest_similar(architecture, timm.list_models())
+        raise InputError(f"timm {timm.__version__} has no architecture {architecture}{similar}; a newer timm may have it")
+    with _collect_missing_parameters() as missing, _fused_attention(timm):
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except Exception as error:  # whatever a file's content makes timm or torch raise
-            raise InputError(f"it does not load as {architecture}: {reason(error)}") from None
+            raise InputError(f"the weights do not load into {architecture}: {one_line(error)}") from None
     if missing:
-        raise InputError(f"it does not hold all of {architecture}: {'; '.join(missing)}")
-    return adopt(model, reader.preprocessing(timm.data.resolve_model_data_config(model)))
-
-
-def similar_names(name: str) -> str:
-    """The end of an error's sentence: timm's pretrained models with names like `name`; empty without timm."""
-    try:
-        timm = import_library("timm", name)
-    except InputError:
-        return ""
-    return similar(name, timm.list_models(pretrained=True))
+        raise InputError(f"the weights are incomplete for {architecture}: {'; '.join(missing)}")
+    return finish_model(model, preprocessing_from_config(timm.data.resolve_model_data_config(model)))
 
 
 @contextmanager
 def _fused_attention(timm: Any) -> Iterator[None]:
-    used, experimental = timm.layers.use_fused_attn(), timm.layers.use_fused_attn(experimental=True)
-    timm.layers.set_fused_attn(used, experimental=True)
+    """Enable fused attention where timm calls it experimental, unless fused attention is switched off altogether."""
+    enabled, experimental = timm.layers.use_fused_attn(), timm.layers.use_fused_attn(experimental=True)
+    timm.layers.set_fused_attn(enabled, experimental=True)
     try:
         yield
     finally:
-        timm.layers.set_fused_attn(used, experimental=experimental)
+        timm.layers.set_fused_attn(enabled, experimental=experimental)
 
 
 @contextmanager
-def _left_out() -> Iterator[list[str]]:
-    """Collects what timm says of parameters that no file held and that therefore kept random values.
+def _collect_missing_parameters() -> Iterator[list[str]]:
+    """Collect timm's log messages about parameters that no file held and that therefore kept random values.
 
-    For some architectures, and where numbers of classes differ, timm loads leniently and only logs it, at a level that is
-    not shown.
+    For some architectures, and where numbers of classes differ, timm loads leniently and only logs what is missing, at a
+    level that is not shown.
     """
-    said: list[str] = []
+    messages: list[str] = []
     logger = logging.getLogger("timm.models._builder")
-    before, shown = logger.level, logger.getEffectiveLevel()
+    level, effective_level = logger.level, logger.getEffectiveLevel()
 
     def collect(record: logging.LogRecord) -> bool:
         if record.getMessage().startswith("Missing keys"):
-            said.append(record.getMessage().partition(" discovered")[0])
-        return record.levelno >= shown
+            messages.append(record.getMessage().partition(" discovered")[0])
+        return record.levelno >= effective_level  # the user still sees only what the logger's own level shows
 
     logger.addFilter(collect)
     logger.setLevel(logging.INFO)
     try:
-        yield said
+        yield messages
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
         logger.removeFilter(collect)

@@ -1,4 +1,4 @@
-"""A generic Vision Transformer of any shape: its grid is found, and where its tokens lie otherwise it is refused."""
+"""`locate_tokens` finds the grid of a generic Vision Transformer of any shape, and rejects any other order of its tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from tests.checkpoints.parity import randomize
 from tests.families.torch import Encoder
 from vit_probe import InputError, TokenGrid
-from vit_probe.tokens.locate import find_token_grid, locate_tokens
+from vit_probe.tokens.locate import locate_tokens
 
 
 class Generic(nn.Module):
-    """A convolution, learned prefix tokens and one fused attention; subclasses arrange the tokens otherwise."""
+    """A convolution, learned prefix tokens and one fused attention; subclasses arrange the tokens in another order."""
 
     def __init__(
         self, patch_size: tuple[int, int] = (8, 8), prefix: int = 1, *, named: bool = True, **convolution: Any
@@ -33,7 +33,7 @@ class Generic(nn.Module):
         self.named = named
 
     def arrange(self, patches: Tensor, prefix: Tensor) -> Tensor:
-        """(image, dim, row, col) and (image, token, dim) to (image, token, dim)."""
+        """Combine patches (image, dim, row, col) and prefix tokens (image, token, dim) to tokens (image, token, dim)."""
         return torch.cat([prefix, patches.flatten(2).mT], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -49,19 +49,17 @@ class Generic(nn.Module):
     cols=st.integers(1, 9),
     prefix=st.integers(0, 5),
     patch=st.tuples(st.integers(2, 12), st.integers(2, 12)),
-    rest=st.tuples(st.integers(0, 11), st.integers(0, 11)),
+    remainder=st.tuples(st.integers(0, 11), st.integers(0, 11)),
     named=st.booleans(),
 )
 def test_the_grid_of_any_shape_is_found(
-    rows: int, cols: int, prefix: int, patch: tuple[int, int], rest: tuple[int, int], named: bool
+    rows: int, cols: int, prefix: int, patch: tuple[int, int], remainder: tuple[int, int], named: bool
 ) -> None:
     model = Generic(patch, prefix, named=named)
-    height, width = (
-        rows * patch[0] + rest[0] % patch[0],
-        cols * patch[1] + rest[1] % patch[1],
-    )  # the convolution leaves the rest
-    found = find_token_grid(model, height, width)
-    assert found == TokenGrid(rows, cols, patch, prefix, has_cls_token=named and prefix > 0)
+    # The convolution ignores an incomplete patch at the edge.
+    height, width = rows * patch[0] + remainder[0] % patch[0], cols * patch[1] + remainder[1] % patch[1]
+    grid = locate_tokens(model, height, width).grid
+    assert grid == TokenGrid(rows, cols, patch, prefix, has_cls_token=named and prefix > 0)
 
 
 class PrefixLast(Generic):
@@ -90,58 +88,58 @@ class Shuffled(Generic):
         return torch.cat([prefix, patches.flatten(2).mT[:, order]], dim=1)
 
 
-class OneDropped(Generic):
+class LastPatchDropped(Generic):
     def arrange(self, patches: Tensor, prefix: Tensor) -> Tensor:
         return super().arrange(patches, prefix)[:, :-1]
 
 
-class RowDropped(Generic):
+class FirstRowDropped(Generic):
     def arrange(self, patches: Tensor, prefix: Tensor) -> Tensor:
         return super().arrange(patches[:, :, 1:], prefix)
 
 
-class OneTwice(Generic):
+class LastPatchRepeated(Generic):
     def arrange(self, patches: Tensor, prefix: Tensor) -> Tensor:
         tokens = super().arrange(patches, prefix)
         return torch.cat([tokens, tokens[:, -1:]], dim=1)
 
 
-class OneInPlaceOfAnother(Generic):
+class LastPatchReplaced(Generic):
     def arrange(self, patches: Tensor, prefix: Tensor) -> Tensor:
         tokens = super().arrange(patches, prefix)
         return torch.cat([tokens[:, :-1], tokens[:, -2:-1]], dim=1)
 
 
-OTHERWISE = [
+OTHER_ORDERS = [
     PrefixLast,
     PrefixAround,
     ColumnByColumn,
     UpsideDown,
     Shuffled,
-    OneDropped,
-    RowDropped,
-    OneTwice,
-    OneInPlaceOfAnother,
+    LastPatchDropped,
+    FirstRowDropped,
+    LastPatchRepeated,
+    LastPatchReplaced,
 ]
 
 
 @pytest.mark.parametrize("size", [(32, 48), (32, 32)])
-@pytest.mark.parametrize("arranged", OTHERWISE)
-def test_tokens_that_lie_otherwise_are_refused(arranged: type[Generic], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("model_class", OTHER_ORDERS)
+def test_other_orders_of_tokens_are_rejected(model_class: type[Generic], size: tuple[int, int]) -> None:
     with pytest.raises(InputError):
-        find_token_grid(arranged(prefix=2), *size)
+        locate_tokens(model_class(prefix=2), *size)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (32, 32)])
-@pytest.mark.parametrize("arranged", OTHERWISE)
-def test_nor_does_a_given_grid_help(arranged: type[Generic], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("model_class", OTHER_ORDERS)
+def test_other_orders_are_rejected_even_with_a_given_grid(model_class: type[Generic], size: tuple[int, int]) -> None:
     grid = TokenGrid(size[0] // 8, size[1] // 8, (8, 8), 2, True)
     with pytest.raises(InputError):
-        locate_tokens(arranged(prefix=2), *size, grid=grid)
+        locate_tokens(model_class(prefix=2), *size, grid=grid)
 
 
 @pytest.mark.parametrize(
-    ("convolution", "named"),
+    ("convolution", "stated_patch_size"),
     [
         (dict(stride=4), None),
         (dict(stride=4), 8),
@@ -152,22 +150,24 @@ def test_nor_does_a_given_grid_help(arranged: type[Generic], size: tuple[int, in
         (dict(stride=(8, 4)), 8),
     ],
 )
-def test_overlapping_patches_whose_number_is_another_are_refused(convolution: dict[str, Any], named: int | None) -> None:
+def test_overlapping_patches_that_do_not_tile_the_image_are_rejected(
+    convolution: dict[str, Any], stated_patch_size: int | None
+) -> None:
     model = Generic((8, 8), **convolution)
-    if named:
-        model.config = SimpleNamespace(patch_size=named)
+    if stated_patch_size:
+        model.config = SimpleNamespace(patch_size=stated_patch_size)
     with pytest.raises(InputError):
-        find_token_grid(model, 32, 48)
+        locate_tokens(model, 32, 48)
 
 
-def test_overlapping_patches_in_the_middle_of_a_whole_grid_are_found() -> None:
+def test_overlapping_patches_centred_on_a_grid_are_located() -> None:
     model = Generic((8, 8), stride=4, padding=2)
     model.config = SimpleNamespace(patch_size=4)
-    assert find_token_grid(model, 32, 48) == TokenGrid(8, 12, (4, 4), 1, True)
+    assert locate_tokens(model, 32, 48).grid == TokenGrid(8, 12, (4, 4), 1, True)
 
 
 class TwoLayers(Encoder):
-    """Rearranges the tokens between two layers."""
+    """Rearranges the tokens between its two layers."""
 
     def forward(self, images: Tensor) -> Tensor:
         first, second = self.encoder.layers
@@ -178,19 +178,19 @@ class TwoLayers(Encoder):
         raise NotImplementedError
 
 
-class ColumnsLater(TwoLayers):
+class ColumnByColumnLater(TwoLayers):
     def between(self, x: Tensor, rows: int) -> Tensor:
         return x.unflatten(1, (rows, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class QueriesLater(TwoLayers):
-    """As a detector does: as many learned queries as there are patches, which look at each other."""
+class LearnedQueriesLater(TwoLayers):
+    """Like a detector: self-attention among learned queries, of which there are as many as patches."""
 
     def between(self, x: Tensor, rows: int) -> Tensor:
         return self.rows.expand(-1, 8, -1).flatten(0, 1)[: x.shape[1]].expand(len(x), -1, -1) + 0 * x
 
 
-@pytest.mark.parametrize("arranged", [ColumnsLater, QueriesLater])
-def test_tokens_that_lie_otherwise_in_a_later_layer_are_refused(arranged: type[TwoLayers]) -> None:
-    with pytest.raises(InputError, match=r"layer 1 .* does not have its tokens as TokenGrid"):
-        find_token_grid(randomize(arranged()), 32, 48)
+@pytest.mark.parametrize("model_class", [ColumnByColumnLater, LearnedQueriesLater])
+def test_other_orders_in_a_later_layer_are_rejected(model_class: type[TwoLayers]) -> None:
+    with pytest.raises(InputError, match=r"layer 1 .* does not order its tokens as TokenGrid"):
+        locate_tokens(randomize(model_class()), 32, 48)
