@@ -1,33 +1,39 @@
-"""The exceptions for what the user can put right or go on from, and the one warning for what had to be assumed."""
+"""Exceptions and warnings of the package."""
 
 from __future__ import annotations
 
-__all__ = ["AssumptionWarning", "InputError", "ProcessGone", "SharedInputError", "TokensNotSeen", "UnsupportedArchitecture"]
+__all__ = ["AssumptionWarning", "InputError", "ProcessExited", "SharedInputError", "TokensNotFound", "UnsupportedArchitecture"]
 
 
 class InputError(ValueError):
-    """Something given to `vit_probe` cannot be used.
+    """A model, image, file or option passed to `vit_probe` cannot be used.
 
     The message says what was wrong, what arrived, and what to do. The command line prints it as one
-    sentence and ends with exit code 2; anything else that is raised is a defect of this package.
+    sentence and exits with code 2; any other exception is a bug of this package.
     """
 
 
 class UnsupportedArchitecture(InputError):
-    """Our own `VisionTransformer` does not cover a checkpoint's model, or is not told enough; the library that wrote it may."""
+    """A checkpoint does not fit our own `VisionTransformer`, or does not describe its model fully.
+
+    The library that wrote the checkpoint may still be able to load it.
+    """
 
 
-class TokensNotSeen(InputError):
-    """The blocks of a model cannot be told apart, or do not pass its tokens on; its attention may be seen all the same."""
+class TokensNotFound(InputError):
+    """The tokens after each block of a model cannot be read: it has no distinct blocks, or they do not return its tokens.
+
+    The model's attention may still be measurable.
+    """
 
 
 class SharedInputError(InputError):
-    """An InputError with which all processes of a run end, whichever of them met it; the first says so for all."""
+    """An InputError that is raised in all processes of a run, whichever of them met it, and is reported by the main process."""
 
 
-class ProcessGone(RuntimeError):
-    """Another process of the same run has ended before its time."""
+class ProcessExited(RuntimeError):
+    """Another process of the same run exited before the run was complete."""
 
 
 class AssumptionWarning(UserWarning):
-    """The input leaves something open that the numbers depend on; the message says what was assumed."""
+    """The input leaves open something that the numbers depend on; the message says what was assumed."""

@@ -1,10 +1,9 @@
-"""attention_hooks: what observers see, what the model returns, and what is left behind."""
+"""attention_hooks: what observers are shown, what the model returns, and that everything is restored."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,6 @@ from tests.example_models import (
 from vit_probe import AttentionTile, InputError, attention_hooks
 from vit_probe.attention.intercept import AttentionCall, ForwardStopped
 from vit_probe.attention.tiles import AttentionInputs
-from vit_probe.measures import AttentionDistance
-from vit_probe.tokens.grid import TokenGrid
 
 
 class Attention(nn.Module):
@@ -50,9 +47,9 @@ def qkv(batch: int = 2, heads: int = 3, tokens: int = 7, dim: int = 4, *, key_he
 
 
 def hooked(model: nn.Module, *inputs: Tensor, tile_bytes: int = 4 << 20, **options: Any) -> tuple[Any, Assemble]:
-    seen = Assemble()
-    with attention_hooks(model, seen, tile_bytes=tile_bytes):
-        return model(*inputs, **options), seen
+    recorded = Assemble()
+    with attention_hooks(model, recorded, tile_bytes=tile_bytes):
+        return model(*inputs, **options), recorded
 
 
 def close(a: Any, b: Any, tolerance: float) -> None:
@@ -60,7 +57,7 @@ def close(a: Any, b: Any, tolerance: float) -> None:
 
 
 def traces(model: nn.Module) -> list[Any]:
-    """Everything that hooks could leave behind."""
+    """Everything that hooks could change and fail to restore."""
     stores = [{k: list(v) for k, v in vars(module).items() if "hooks" in k and v is not None} for module in model.modules()]
     return [stores, torch.backends.mha.get_fastpath_enabled(), torch._C._len_torch_function_stack()]
 
@@ -85,44 +82,44 @@ def test_output_and_attention_of_every_family(name: str, tile_bytes: int) -> Non
     with torch.no_grad():
         untouched = output(model(x))
         with leaves_nothing(model):
-            result, seen = hooked(model, x, tile_bytes=tile_bytes)
+            result, recorded = hooked(model, x, tile_bytes=tile_bytes)
     assert 0.05 < untouched.std() < 20
     close(output(result), untouched, 1e-5)
     expected = expected_attention(model, x)
     assert expected.shape == (2, 3, 2, family.grid.num_tokens, family.grid.num_tokens)
     assert expected.max(-1).mean() > 2 / family.grid.num_tokens  # far from uniform
-    close(seen.attention(), expected, 1e-6)
+    close(recorded.attention(), expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("timm")])
-def test_attention_is_that_of_timm_without_fused_attention(name: str) -> None:
+def test_attention_matches_timm_without_fused_attention(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
-    _, seen = hooked(model, x)
+    _, recorded = hooked(model, x)
     maps: list[Tensor] = []
     for block in model.blocks:
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0].detach()))
     model(x)
-    close(seen.attention(), torch.stack(maps), 1e-6)
+    close(recorded.attention(), torch.stack(maps), 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("transformers")])
-def test_attention_is_that_of_transformers_eager(name: str) -> None:
+def test_attention_matches_transformers_eager(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
     assert model.config._attn_implementation == "sdpa"
-    _, seen = hooked(model, x)
+    _, recorded = hooked(model, x)
     model.set_attn_implementation("eager")
-    close(seen.attention(), torch.stack(model(x, output_attentions=True).attentions).detach(), 1e-6)
+    close(recorded.attention(), torch.stack(model(x, output_attentions=True).attentions).detach(), 1e-6)
 
 
-def test_fast_path_of_multihead_attention_is_seen() -> None:
+def test_the_fast_path_of_multihead_attention_is_captured() -> None:
     model, x = Encoder(norm_first=True).eval(), images(32, 48)
     torch.backends.mha.set_fastpath_enabled(True)
     with torch.no_grad():
         untouched = model(x)
-        result, seen = hooked(model, x)
+        result, recorded = hooked(model, x)
     close(result, untouched, 1e-5)
-    assert sorted(seen.layers) == [0, 1]
+    assert sorted(recorded.layers) == [0, 1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,23 +130,23 @@ def test_fast_path_of_multihead_attention_is_seen() -> None:
     budget=st.integers(1, 4000),
     double=st.booleans(),
 )
-def test_every_tile_size_gives_the_same(batch: int, heads: int, tokens: int, budget: int, double: bool) -> None:
+def test_every_tile_size_gives_the_same_result(batch: int, heads: int, tokens: int, budget: int, double: bool) -> None:
     q, k, v = (t.to(torch.float64 if double else torch.float32) for t in qkv(batch, heads, tokens))
-    result, seen = hooked(Attention(), q, k, v, tile_bytes=budget)
+    result, recorded = hooked(Attention(), q, k, v, tile_bytes=budget)
     close(result, F.scaled_dot_product_attention(q, k, v), 1e-12 if double else 1e-5)
-    close(seen.attention()[0], reference.softmax_attention(q, k, 0.5), 1e-12 if double else 1e-6)
+    close(recorded.attention()[0], reference.softmax_attention(q, k, 0.5), 1e-12 if double else 1e-6)
     one_query = tokens * q.element_size()
-    assert all(tile.probabilities.nbytes <= max(budget, one_query) for tile in seen.tiles)
-    assert {tile.probabilities.dtype for tile in seen.tiles} == {q.dtype}
+    assert all(tile.probabilities.nbytes <= max(budget, one_query) for tile in recorded.tiles)
+    assert {tile.probabilities.dtype for tile in recorded.tiles} == {q.dtype}
     if budget < 2 * one_query:
-        assert {tile.probabilities.shape[:3] for tile in seen.tiles} == {(1, 1, 1)}
+        assert {tile.probabilities.shape[:3] for tile in recorded.tiles} == {(1, 1, 1)}
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 200, 700, 3000, 4 << 20])
 def test_tiles_come_by_layer_then_images_queries_and_heads(tile_bytes: int) -> None:
-    _, seen = hooked(small_vit(), images(), tile_bytes=tile_bytes)
+    _, recorded = hooked(small_vit(), images(), tile_bytes=tile_bytes)
     layer = image = query = head = 0
-    for tile in seen.tiles:
+    for tile in recorded.tiles:
         assert (tile.layer, tile.images.start, tile.queries.start, tile.heads.start) == (layer, image, query, head)
         assert (tile.num_heads, tile.num_tokens, tile.name) == (2, 13, f"blocks.{layer}.attn")
         extents = [part.stop - part.start for part in (tile.images, tile.heads, tile.queries)]
@@ -173,13 +170,10 @@ def test_every_observer_sees_every_tile() -> None:
 
 def test_only_the_last_observer_may_write_to_a_tile() -> None:
     class Spoils(Assemble):
-        wants_scores = True
-
         def update(self, tile: AttentionTile) -> None:
             super().update(tile)
             assert tile.disposable
             tile.probabilities.fill_(torch.nan)
-            tile.scores.fill_(torch.nan)
 
     model, first, last = small_vit(), Assemble(), Spoils()
     with torch.no_grad():
@@ -203,19 +197,27 @@ def test_only_the_last_observer_may_write_to_a_tile() -> None:
         (40, 30, (1, 1, 1)),
     ],
 )
-def test_heads_are_split_where_tokens_are_many(tokens: int, numbers: int, shape: tuple[int, int, int]) -> None:
+def test_heads_are_split_if_there_are_many_tokens(tokens: int, numbers: int, shape: tuple[int, int, int]) -> None:
     q, k, v = qkv(2, 3, tokens)
-    result, seen = hooked(Attention(), q, k, v, tile_bytes=4 * numbers)
-    assert tuple(seen.tiles[0].probabilities.shape[:3]) == shape
+    result, recorded = hooked(Attention(), q, k, v, tile_bytes=4 * numbers)
+    assert tuple(recorded.tiles[0].probabilities.shape[:3]) == shape
     close(result, F.scaled_dot_product_attention(q, k, v), 1e-5)
-    close(seen.attention()[0], torch.softmax(0.5 * q.double() @ k.double().mT, dim=-1), 1e-6)
+    close(recorded.attention()[0], torch.softmax(0.5 * q.double() @ k.double().mT, dim=-1), 1e-6)
 
 
-def test_long_sequences_are_never_held_as_a_whole() -> None:
+def test_the_map_of_a_long_sequence_is_never_held() -> None:
     q, k, v = qkv(1, 4, 2048, 8)
-    measure = AttentionDistance(TokenGrid(32, 64, (4, 4), 0, False))
-    with Largest() as largest, attention_hooks(model := Attention(), measure, tile_bytes=1 << 20):
+
+    class RowSums:
+        rows = 0
+
+        def update(self, tile: AttentionTile) -> None:
+            close(tile.probabilities.sum(dim=-1), 1.0, 1e-5)
+            self.rows += tile.probabilities[..., 0].numel()
+
+    with Largest() as largest, attention_hooks(model := Attention(), sums := RowSums(), tile_bytes=1 << 20):
         result = model(q, k, v)
+    assert sums.rows == 4 * 2048
     assert largest.nbytes <= 1 << 20  # the map of all heads has 64 MiB
     close(result, F.scaled_dot_product_attention(q, k, v), 1e-5)
 
@@ -255,12 +257,12 @@ def test_masks(name: str, tile_bytes: int) -> None:
     mask = options.pop("expected", options.get("attn_mask"))
     q, k, v = qkv()
     untouched = F.scaled_dot_product_attention(q, k, v, **options)
-    result, seen = hooked(Attention(), q, k, v, tile_bytes=tile_bytes, **options)
+    result, recorded = hooked(Attention(), q, k, v, tile_bytes=tile_bytes, **options)
     close(result, untouched, 1e-5)
     with np.errstate(invalid="ignore"):
         expected = reference.softmax_attention(q, k, 0.5, mask)
     assert np.isnan(expected).any() == ("nothing left" in name)
-    close(seen.attention()[0], np.nan_to_num(expected), 1e-6)
+    close(recorded.attention()[0], np.nan_to_num(expected), 1e-6)
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(7, 7, dtype=torch.bool)])
@@ -275,9 +277,9 @@ def test_a_models_nan_stays_a_nan(mask: Tensor | None) -> None:
 @pytest.mark.parametrize("scale", [0.1, 2.0])
 def test_scale(scale: float) -> None:
     q, k, v = qkv()
-    result, seen = hooked(Attention(), q, k, v, scale=scale)
+    result, recorded = hooked(Attention(), q, k, v, scale=scale)
     close(result, F.scaled_dot_product_attention(q, k, v, scale=scale), 1e-5)
-    close(seen.attention()[0], reference.softmax_attention(q, k, scale), 1e-6)
+    close(recorded.attention()[0], reference.softmax_attention(q, k, scale), 1e-6)
 
 
 def test_grouped_queries_and_their_gradients() -> None:
@@ -287,8 +289,8 @@ def test_grouped_queries_and_their_gradients() -> None:
     with torch.no_grad():
         result, _ = hooked(Attention(), q, k, v, enable_gqa=True)
     close(result, untouched.detach(), 1e-5)
-    result, seen = hooked(Attention(), q, k, v, enable_gqa=True)
-    close(seen.attention()[0], reference.softmax_attention(q.detach(), k.detach().repeat_interleave(2, 1), 0.5), 1e-6)
+    result, recorded = hooked(Attention(), q, k, v, enable_gqa=True)
+    close(recorded.attention()[0], reference.softmax_attention(q.detach(), k.detach().repeat_interleave(2, 1), 0.5), 1e-6)
     for mine, theirs in zip(
         torch.autograd.grad(result.sin().sum(), inputs), torch.autograd.grad(untouched.sin().sum(), inputs), strict=True
     ):
@@ -298,9 +300,9 @@ def test_grouped_queries_and_their_gradients() -> None:
 def test_one_key_for_all_images_or_heads() -> None:
     q, k, v = qkv()
     for few in ((k[:1], v), (k, v[:, :1]), (k[:, :1], v[:1])):
-        result, seen = hooked(Attention(), q, *few, tile_bytes=300)
+        result, recorded = hooked(Attention(), q, *few, tile_bytes=300)
         close(result, F.scaled_dot_product_attention(q, *few), 1e-5)
-        close(seen.attention()[0], reference.softmax_attention(q, few[0].expand_as(q), 0.5), 1e-6)
+        close(recorded.attention()[0], reference.softmax_attention(q, few[0].expand_as(q), 0.5), 1e-6)
 
 
 def test_values_of_another_width() -> None:
@@ -309,64 +311,11 @@ def test_values_of_another_width() -> None:
     close(result, F.scaled_dot_product_attention(q, k, torch.cat([v, v], dim=-1)), 1e-5)
 
 
-# Scores, and observers that decline
-
-
-class Scores(Assemble):
-    """Keeps the scores instead of the probabilities."""
-
-    wants_scores = True
-
-    def update(self, tile: AttentionTile) -> None:
-        assert tile.scores is not None
-        assert tile.scores.dtype == tile.probabilities.dtype
-        super().update(replace(tile, probabilities=tile.scores))
-
-
-@pytest.mark.parametrize("tile_bytes", [1, 200, 400, 600])
-@pytest.mark.parametrize("name", ["none", *_masks()])
-def test_scores_are_the_scaled_products_and_bias_less_the_largest(name: str, tile_bytes: int) -> None:
-    options = {} if name == "none" else _masks()[name]
-    mask = options.pop("expected", options.get("attn_mask"))
-    q, k, v = qkv()
-    with attention_hooks(model := Attention(), seen := Scores(), other := Assemble(), tile_bytes=tile_bytes):
-        result = model(q, k, v, scale=0.3, **options)
-    close(result, F.scaled_dot_product_attention(q, k, v, scale=0.3, **options), 1e-5)
-    with np.errstate(invalid="ignore"):
-        close(other.attention()[0], np.nan_to_num(reference.softmax_attention(q, k, 0.3, mask)), 1e-6)
-    products = 0.3 * (q.double() @ k.double().mT)
-    bias = torch.zeros(()) if mask is None else mask
-    bias = torch.zeros(bias.shape).masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else bias
-    least = np.finfo(np.float32).min
-    scores = (products + bias).numpy()
-    expected = np.maximum(scores - np.maximum(scores.max(axis=-1, keepdims=True), least), least)
-    assert (expected == least).any() == (name not in ("none", "additive", "additive by image"))
-    hidden, scores = expected == least, seen.attention()[0]
-    assert (scores[hidden] == least).all()
-    close(scores[~hidden], expected[~hidden], 1e-5)
-
-
-def test_scores_are_there_only_if_wanted() -> None:
-    q, k, v = qkv()
-    _, seen = hooked(Attention(), q, k, v)
-    assert [tile.scores for tile in seen.tiles] == [None]
-    with attention_hooks(model := Attention(), plain := Assemble(), Scores()):
-        model(q, k, v)
-    assert [tile.scores is None for tile in plain.tiles] == [False]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_scores_in_other_precisions(dtype: torch.dtype) -> None:
-    q, k, v = (tensor.to(dtype) for tensor in qkv())
-    with attention_hooks(model := Attention(), seen := Scores()):
-        model(q, k, v)
-    assert {tile.probabilities.dtype for tile in seen.tiles} == {torch.promote_types(dtype, torch.float32)}
-    scores = 0.5 * (q.double() @ k.double().mT)
-    close(seen.attention()[0], scores - scores.amax(dim=-1, keepdim=True), 1e-12 if dtype == torch.float64 else 1e-5)
+# Observers that decline
 
 
 class Declines(Assemble):
-    """Wants the tiles of some layers only; keeps what it is told before."""
+    """Wants the tiles of some layers only; keeps the inputs of all."""
 
     def __init__(self, *layers: int) -> None:
         super().__init__()
@@ -380,35 +329,38 @@ class Declines(Assemble):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_begins_a_layer_gives_its_attention(name: str) -> None:
+def test_the_inputs_of_a_layer_give_its_attention(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
-    with torch.no_grad(), attention_hooks(model, seen := Declines()) as hooks:
+    with torch.no_grad(), attention_hooks(model, recorded := Declines()) as hooks:
         model(x)
     attention = []
-    for inputs in seen.inputs:
+    for inputs in recorded.inputs:
         scores = inputs.scale * (inputs.query.double() @ inputs.key.double().mT)
         assert scores.shape[:2] == (3, 2)
         attention.append(torch.softmax(scores if inputs.bias is None else scores + inputs.bias, dim=-1))
     close(torch.stack(attention), expected_attention(model, x), 1e-6)
-    assert [(inputs.layer, inputs.name) for inputs in seen.inputs] == list(enumerate(hooks.layers))
-    assert not seen.tiles
+    assert [(inputs.layer, inputs.name) for inputs in recorded.inputs] == list(enumerate(hooks.layers))
+    assert not recorded.tiles
 
 
-def test_what_begins_a_layer_has_all_heads_and_autocast() -> None:
+def test_the_inputs_of_a_layer_have_all_heads_and_are_cast_by_autocast() -> None:
     q, k, v = qkv(heads=4, key_heads=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16), attention_hooks(model := Attention(), seen := Declines()):
+    with torch.autocast("cpu", dtype=torch.bfloat16), attention_hooks(model := Attention(), recorded := Declines()):
         model(q, k, v, enable_gqa=True)
-    (inputs,) = seen.inputs
+    (inputs,) = recorded.inputs
     assert inputs.query.dtype == inputs.key.dtype == torch.bfloat16
     close(inputs.key.float(), k.bfloat16().repeat_interleave(2, dim=1).float(), 0)
 
 
-def test_one_declines_and_another_sees_all() -> None:
+def test_one_observer_declines_and_another_gets_all_layers() -> None:
     model, x = small_vit(depth=3), images()
     untouched, expected = model(x).detach(), expected_attention(model, x)
-    with torch.no_grad(), attention_hooks(model, some := Declines(1), seen := Assemble(), none := Declines(), tile_bytes=500):
+    with (
+        torch.no_grad(),
+        attention_hooks(model, some := Declines(1), recorded := Assemble(), none := Declines(), tile_bytes=500),
+    ):
         close(model(x), untouched, 1e-5)
-    close(seen.attention(), expected, 1e-6)
+    close(recorded.attention(), expected, 1e-6)
     assert set(some.layers) == {1}
     close(some.layers[1], expected[1], 1e-6)
     assert not none.tiles
@@ -417,7 +369,7 @@ def test_one_declines_and_another_sees_all() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("grad", [True, False])
-def test_if_all_decline_the_output_is_the_models_own(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_all_observers_decline_the_output_is_the_models_own(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
     torch.backends.mha.set_fastpath_enabled(False)  # which rounds otherwise
     try:
@@ -439,7 +391,7 @@ def test_without_observers_the_output_is_the_models_own() -> None:
     assert torch.equal(result, model(x))
 
 
-def test_a_layer_that_is_declined_never_has_its_map_made() -> None:
+def test_the_map_of_a_declined_layer_is_never_computed() -> None:
     q, k, v = (tensor.clone() for tensor in qkv(1, 4, 1024, 8))
     with attention_hooks(model := Attention(), Declines()), Largest() as largest:
         result = model(q, k, v)
@@ -447,11 +399,11 @@ def test_a_layer_that_is_declined_never_has_its_map_made() -> None:
     assert torch.equal(result, F.scaled_dot_product_attention(q, k, v))
 
 
-def test_stop_after_a_layer_that_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, seen = small_vit(depth=3), images(), Declines()
+def test_stop_after_a_declined_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, recorded = small_vit(depth=3), images(), Declines()
     fused, calls = AttentionCall.fused, []
     monkeypatch.setattr(AttentionCall, "fused", lambda call: calls.append(call.layer) or fused(call))
-    with torch.no_grad(), attention_hooks(model, seen) as hooks:
+    with torch.no_grad(), attention_hooks(model, recorded) as hooks:
         for stop in (0, 1, 2):
             hooks.stop_after = stop
             with pytest.raises(ForwardStopped):
@@ -459,12 +411,12 @@ def test_stop_after_a_layer_that_is_declined(monkeypatch: pytest.MonkeyPatch) ->
         hooks.stop_after = None
         result = model(x)
     assert torch.equal(result, model(x))
-    assert calls == [0, 0, 1, 0, 1, 2]  # where the pass ends, nobody needs the result
-    assert [inputs.layer for inputs in seen.inputs] == [0, 0, 1, 0, 1, 2, 0, 1, 2]
+    assert calls == [0, 0, 1, 0, 1, 2]  # the result of the layer at which the pass ends is not needed
+    assert [inputs.layer for inputs in recorded.inputs] == [0, 0, 1, 0, 1, 2, 0, 1, 2]
     assert hooks.layers == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 
 
-def test_nested_contexts_of_which_one_declines() -> None:
+def test_nested_contexts_where_one_observer_declines() -> None:
     model, x = small_vit(), images()
     expected = expected_attention(model, x)
     for first, second in ((Declines(), Assemble()), (Assemble(), Declines())):
@@ -478,15 +430,15 @@ def test_nested_contexts_of_which_one_declines() -> None:
                 close(one.attention(), expected, 1e-6)
 
 
-def test_weights_that_the_model_asks_for_and_nobody_else() -> None:
+def test_weights_that_only_the_model_asks_for() -> None:
     model = Weighted(average=False).eval()
     x = 2 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     untouched = model(x)
-    with attention_hooks(model, seen := Declines()):
+    with attention_hooks(model, recorded := Declines()):
         result, weights = model(x)
     assert torch.equal(result, untouched[0])
     assert torch.equal(weights, untouched[1])
-    assert len(seen.inputs) == 1
+    assert len(recorded.inputs) == 1
 
 
 # Precision
@@ -498,40 +450,50 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     model, x = FAMILIES[name].model().to(dtype), FAMILIES[name].images().to(dtype)
     with torch.no_grad():
         untouched = model(x)
-        result, seen = hooked(model, x)
+        result, recorded = hooked(model, x)
     assert result.dtype == dtype
     close(result.float(), untouched.float(), 0.06 if dtype == torch.bfloat16 else 0.01)
-    assert {tile.probabilities.dtype for tile in seen.tiles} == {torch.float32}
+    assert {tile.probabilities.dtype for tile in recorded.tiles} == {torch.float32}
     # Only the first layer's inputs are the same to the last bit.
-    close(seen.attention()[0], expected_attention(model, x)[0], 1e-6)
+    close(recorded.attention()[0], expected_attention(model, x)[0], 1e-6)
 
 
 def test_scores_beyond_float16() -> None:
     q, k, v = (1000 * t.half() for t in qkv())
-    result, seen = hooked(Attention(), q, k, v / 1000)
+    result, recorded = hooked(Attention(), q, k, v / 1000)
     expected = reference.softmax_attention(q, k, 0.5)
     assert (expected > 0.999).any()
-    close(seen.attention()[0], expected, 1e-6)
+    close(recorded.attention()[0], expected, 1e-6)
     assert result.isfinite().all()
 
 
 def test_double_precision() -> None:
     model, x = small_vit().double(), images().double()
     with torch.no_grad():
-        result, seen = hooked(model, x)
+        result, recorded = hooked(model, x)
         close(result, model(x), 1e-12)
-    close(seen.attention(), expected_attention(model, x), 1e-12)
+    close(recorded.attention(), expected_attention(model, x), 1e-12)
 
 
-def test_autocast_casts_as_it_would() -> None:
+def test_autocast_casts_as_without_hooks() -> None:
     q, k, v = qkv()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         untouched = F.scaled_dot_product_attention(q, k, v)
-        result, seen = hooked(Attention(), q, k, v)
+        result, recorded = hooked(Attention(), q, k, v)
         assert torch.is_autocast_enabled("cpu")
     assert result.dtype == untouched.dtype == torch.bfloat16
     close(result.float(), untouched.float(), 0.02)
-    close(seen.attention()[0], reference.softmax_attention(q.bfloat16().float(), k.bfloat16().float(), 0.5), 1e-6)
+    close(recorded.attention()[0], reference.softmax_attention(q.bfloat16().float(), k.bfloat16().float(), 0.5), 1e-6)
+
+
+def test_autocast_leaves_double_precision_alone() -> None:
+    q, k, v = (tensor.double() for tensor in qkv())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        untouched = F.scaled_dot_product_attention(q, k, v)
+        result, recorded = hooked(Attention(), q, k, v)
+    assert result.dtype == untouched.dtype == torch.float64
+    close(result, untouched, 1e-12)
+    close(recorded.attention()[0], reference.softmax_attention(q, k, 0.5), 1e-12)
 
 
 def test_observers_compute_outside_autocast() -> None:
@@ -560,10 +522,10 @@ def test_gradients_are_those_without_hooks(name: str) -> None:
         return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
     untouched = gradients()
-    with attention_hooks(model, seen := Assemble()):
+    with attention_hooks(model, recorded := Assemble()):
         hooked_gradients = gradients()
-    assert seen.tiles
-    assert not any(tile.probabilities.requires_grad for tile in seen.tiles)
+    assert recorded.tiles
+    assert not any(tile.probabilities.requires_grad for tile in recorded.tiles)
     assert sum(g is not None and bool(g.abs().max() > 1e-3) for g in untouched) > 10
     for mine, theirs in zip(hooked_gradients, untouched, strict=True):
         assert (mine is None) == (theirs is None)
@@ -571,7 +533,7 @@ def test_gradients_are_those_without_hooks(name: str) -> None:
             close(mine, theirs, 1e-5 * max(1.0, float(theirs.abs().max())))
 
 
-def test_gradient_reaches_a_mask_alone() -> None:
+def test_the_gradient_reaches_a_mask_alone() -> None:
     q, k, v = qkv()
     bias = torch.randn(7, 7).requires_grad_()
     result, _ = hooked(Attention(), q, k, v, attn_mask=bias)
@@ -590,11 +552,11 @@ def test_attention_dropout_is_drawn_as_without_hooks(grad: bool) -> None:
         torch.manual_seed(5)
         untouched = model(x)
         torch.manual_seed(5)
-        result, seen = hooked(model, x)
+        result, recorded = hooked(model, x)
         torch.manual_seed(6)
         assert (model(x) - untouched).abs().max() > 1e-3
     close(result.detach(), untouched.detach(), 1e-6)
-    close(seen.attention().sum(-1), 1.0, 1e-5)  # seen before dropout
+    close(recorded.attention().sum(-1), 1.0, 1e-5)  # taken before dropout
 
 
 def test_training_mode_is_kept() -> None:
@@ -630,26 +592,26 @@ def test_inference_mode_inside_and_outside() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_are_named_by_module_and_numbered_by_order(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
-    seen = Assemble()
-    with attention_hooks(model, seen) as hooks:
+    recorded = Assemble()
+    with attention_hooks(model, recorded) as hooks:
         for _ in range(3):
             model(x)
     assert len(hooks.layers) == 2
     assert all(isinstance(model.get_submodule(path), nn.Module) for path in hooks.layers)
     assert [path.replace("1", "0") for path in hooks.layers] == [hooks.layers[0]] * 2
-    assert seen.names == dict(enumerate(hooks.layers))
-    assert [tile.layer for tile in seen.tiles] == [0, 1] * 3
+    assert recorded.names == dict(enumerate(hooks.layers))
+    assert [tile.layer for tile in recorded.tiles] == [0, 1] * 3
 
 
 def test_layers_keep_their_numbers_when_parts_are_called() -> None:
     model, x = small_vit(), images()
-    with attention_hooks(model, seen := Assemble()) as hooks:
+    with attention_hooks(model, recorded := Assemble()) as hooks:
         for _ in range(2):
             model.forward_features(x)
         model(x)
         model.forward_features(x)
     assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
-    assert [tile.layer for tile in seen.tiles] == [0, 1] * 4
+    assert [tile.layer for tile in recorded.tiles] == [0, 1] * 4
 
 
 class Twice(nn.Module):
@@ -662,15 +624,15 @@ class Twice(nn.Module):
 
 
 def test_a_module_called_twice_is_two_layers() -> None:
-    model, seen = Twice(), Assemble()
+    model, recorded = Twice(), Assemble()
     q, k, v = qkv()
-    with attention_hooks(model, seen) as hooks:
+    with attention_hooks(model, recorded) as hooks:
         model(q, k, v)
         model(q, k, v)
     assert hooks.layers == ["attn", "attn"]
-    assert [tile.layer for tile in seen.tiles] == [0, 1, 0, 1]
+    assert [tile.layer for tile in recorded.tiles] == [0, 1, 0, 1]
     second = F.scaled_dot_product_attention(q, k, v)
-    close(seen.layers[1], reference.softmax_attention(second, k, 0.5), 1e-5)
+    close(recorded.layers[1], reference.softmax_attention(second, k, 0.5), 1e-5)
 
 
 def test_a_model_that_calls_attention_itself_has_an_empty_path() -> None:
@@ -686,12 +648,12 @@ def test_attention_over_other_keys_is_skipped_and_listed() -> None:
         img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="map"
     ).eval()  # fmt: skip
     untouched = model(images(16, 16))
-    with attention_hooks(model, seen := Assemble()) as hooks:
+    with attention_hooks(model, recorded := Assemble()) as hooks:
         for _ in range(2):
             close(model(images(16, 16)).detach(), untouched.detach(), 1e-5)
     assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
     assert hooks.skipped == {"attn_pool": "1 query for 4 keys"}
-    assert set(seen.layers) == {0, 1}
+    assert set(recorded.layers) == {0, 1}
 
 
 class Cross(nn.Module):
@@ -713,14 +675,14 @@ class Attention2(nn.Module):
 
 def test_two_sequences_of_the_same_length_are_cross_attention() -> None:
     x, y = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    with attention_hooks(model := Cross(), seen := Assemble()) as hooks:
+    with attention_hooks(model := Cross(), recorded := Assemble()) as hooks:
         model(x, y)
     assert hooks.layers == ["attn"]
-    assert hooks.skipped == {"attn": "the queries are of one sequence, the keys of another"}
-    close(seen.attention()[0, :, 0], reference.softmax_attention(x[:, None], x[:, None], 8**-0.5)[:, 0], 1e-6)
+    assert hooks.skipped == {"attn": "the queries come from one sequence, the keys from another"}
+    close(recorded.attention()[0, :, 0], reference.softmax_attention(x[:, None], x[:, None], 8**-0.5)[:, 0], 1e-6)
 
 
-def test_a_mask_is_no_second_sequence() -> None:
+def test_a_mask_is_not_a_second_sequence() -> None:
     x, mask = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 5, 5)
     with attention_hooks(model := Attention2()) as hooks:
         model(x, None, mask[:, None])
@@ -745,12 +707,12 @@ class Folded(nn.Module):
 def test_images_and_heads_in_one_dimension(masked: bool) -> None:
     q, k, v = qkv()
     mask = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)) if masked else None
-    result, seen = hooked(Folded(3), q, k, v, mask)
+    result, recorded = hooked(Folded(3), q, k, v, mask)
     close(result.unflatten(0, (2, 3)), F.scaled_dot_product_attention(q, k, v, mask), 1e-5)
-    close(seen.attention()[0], reference.softmax_attention(q, k, 0.5, mask), 1e-6)
+    close(recorded.attention()[0], reference.softmax_attention(q, k, 0.5, mask), 1e-6)
 
 
-def test_heads_that_cannot_be_told_from_images_are_skipped() -> None:
+def test_heads_that_cannot_be_separated_from_images_are_skipped() -> None:
     q, k, v = qkv()
     model = nn.ModuleDict({"folded": Folded(None), "grouped": Attention(), "plain": Attention()})
     model.forward = lambda: (  # type: ignore[method-assign]
@@ -763,8 +725,8 @@ def test_heads_that_cannot_be_told_from_images_are_skipped() -> None:
     close(folded, F.scaled_dot_product_attention(q, k, v).flatten(0, 1), 1e-6)
     assert hooks.layers == ["plain"]
     assert hooks.skipped == {
-        "folded": "queries of shape (6, 7, 4) do not tell their heads from their images",
-        "grouped": "queries of shape (1, 2, 3, 7, 4) are in windows in a dimension of their own, which is not supported",
+        "folded": "queries of shape (6, 7, 4), whose heads cannot be separated from the images",
+        "grouped": "queries of shape (1, 2, 3, 7, 4): a separate dimension for windows is not supported",
     }
 
 
@@ -784,14 +746,14 @@ class Weighted(nn.Module):
         return self.attn(x, keys, keys, average_attn_weights=self.average)
 
 
-def test_weights_that_the_model_asks_for_are_shown_too() -> None:
+def test_weights_that_the_model_asks_for_are_shown_to_observers() -> None:
     model = Weighted(average=False).eval()
     x = 2 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     untouched = model(x)
-    (result, weights), seen = hooked(model, x)
+    (result, weights), recorded = hooked(model, x)
     close(result.detach(), untouched[0].detach(), 1e-6)
     close(weights.detach(), untouched[1].detach(), 1e-6)
-    close(seen.attention()[0], untouched[1].detach(), 1e-6)
+    close(recorded.attention()[0], untouched[1].detach(), 1e-6)
     result.sum().backward()
     assert model.attn.in_proj_weight.grad is not None
     with attention_hooks(model, outer := Assemble()), attention_hooks(model, inner := Assemble()):
@@ -805,10 +767,10 @@ def test_weights_and_dropout_are_drawn_as_without_hooks() -> None:
     torch.manual_seed(3)
     untouched = model(x)
     torch.manual_seed(3)
-    (result, weights), seen = hooked(model, x)
+    (result, weights), recorded = hooked(model, x)
     close(result.detach(), untouched[0].detach(), 1e-6)
     close(weights.detach(), untouched[1].detach(), 1e-6)
-    close(seen.attention().sum(-1), 1.0, 1e-5)
+    close(recorded.attention().sum(-1), 1.0, 1e-5)
 
 
 def test_cross_attention_with_weights_is_skipped() -> None:
@@ -818,7 +780,7 @@ def test_cross_attention_with_weights_is_skipped() -> None:
     with attention_hooks(model_with_self) as hooks:
         close(model_with_self.cross(x, y)[0].detach(), model(x, y)[0].detach(), 1e-6)
         model_with_self[0](images())
-    assert hooks.skipped == {"cross.attn": "the queries are of one sequence, the keys of another"}
+    assert hooks.skipped == {"cross.attn": "the queries come from one sequence, the keys from another"}
     assert hooks.layers == ["0.blocks.0.attn", "0.blocks.1.attn"]
 
 
@@ -826,7 +788,7 @@ def test_cross_attention_with_weights_is_skipped() -> None:
 
 
 @pytest.mark.parametrize("how", ["model", "in place", "blocks", "function"])
-def test_compiled_models_run_uncompiled_meanwhile(how: str) -> None:
+def test_compiled_models_run_uncompiled_inside_the_context(how: str) -> None:
     model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
     graphs: list[Any] = []
 
@@ -851,45 +813,48 @@ def test_compiled_models_run_uncompiled_meanwhile(how: str) -> None:
         untouched = call(x)
         assert graphs
         graphs.clear()
-        with attention_hooks(model, seen := Assemble()) as hooks:
+        with attention_hooks(model, recorded := Assemble()) as hooks:
             close(call(x), untouched, 1e-5)
         assert not graphs
         assert [name.split(".")[-1] for name in hooks.layers] == ["attn", "attn"]
-        close(seen.attention(), expected_attention(FAMILIES["timm"].model(), x), 1e-6)
+        close(recorded.attention(), expected_attention(FAMILIES["timm"].model(), x), 1e-6)
         call(x)
     assert graphs
 
 
-def test_exported_models_are_seen() -> None:
+def test_exported_models_are_captured() -> None:
     model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
     graph = torch.export.export(model, (x,)).module()
     with torch.no_grad():
-        result, seen = hooked(graph, x)
+        result, recorded = hooked(graph, x)
         close(result, model(x), 1e-5)
-    close(seen.attention(), expected_attention(model, x), 1e-6)
+    close(recorded.attention(), expected_attention(model, x), 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_traced_model_is_refused_with_the_remedy() -> None:
+def test_a_traced_model_raises_with_the_remedy() -> None:
     model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
     with torch.no_grad():
         graph = torch.jit.trace(model, x)
     with (
-        pytest.raises(InputError, match=r"no self-attention went through .* as it was before torch.jit traced"),
+        pytest.raises(
+            InputError,
+            match=r"no self-attention went through .* if torch.jit traced or scripted a module, pass the original one",
+        ),
         attention_hooks(graph),
     ):
         graph(x)
 
 
-def test_attention_outside_the_model_is_not_seen() -> None:
+def test_attention_outside_the_model_is_ignored() -> None:
     model, other = small_vit(), small_vit(depth=3)
     untouched = other(images()).detach()
-    with attention_hooks(model, seen := Assemble()) as hooks:
+    with attention_hooks(model, recorded := Assemble()) as hooks:
         model(images())
         close(other(images()).detach(), untouched, 1e-6)
         F.scaled_dot_product_attention(*qkv())
     assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
-    assert len(seen.tiles) == 2
+    assert len(recorded.tiles) == 2
 
 
 # What is left behind
@@ -904,7 +869,7 @@ def fails_at(model: nn.Module, error: BaseException) -> Any:
 
 @pytest.mark.parametrize("fastpath", [True, False])
 @pytest.mark.parametrize("where", ["model", "interrupt", "observer", "stop", "body", "success"])
-def test_everything_is_restored(where: str, fastpath: bool) -> None:
+def test_all_hooks_and_settings_are_restored(where: str, fastpath: bool) -> None:
     class Fails(Assemble):
         def update(self, tile: AttentionTile) -> None:
             if where == "observer" and tile.layer == 1:
@@ -931,17 +896,33 @@ def test_everything_is_restored(where: str, fastpath: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(was)
 
 
-def test_a_failed_pass_does_not_disturb_the_next() -> None:
+def test_a_failed_pass_does_not_affect_the_next() -> None:
     model = small_vit()
     failing = fails_at(model, RuntimeError("broken"))
-    seen = Assemble()
-    with attention_hooks(model, seen) as hooks:
+    recorded = Assemble()
+    with attention_hooks(model, recorded) as hooks:
         with pytest.raises(RuntimeError, match="broken"):
             model(images())
         failing.remove()
         model.forward_features(images())
         assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
-        assert seen.names == dict(enumerate(hooks.layers))
+        assert recorded.names == dict(enumerate(hooks.layers))
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ForwardStopped])
+def test_an_interrupted_pass_does_not_affect_the_next(interruption: type[BaseException]) -> None:
+    """After a BaseException that is not an Exception, torch runs no hooks, so modules seem to be running still."""
+    model, x = small_vit(), images()
+    failing = fails_at(model, interruption())
+    with attention_hooks(model, recorded := Assemble()) as hooks:
+        with pytest.raises(interruption):
+            model(x)
+        failing.remove()
+        model(x)
+        F.scaled_dot_product_attention(*qkv())  # not a call of the model, which the interrupted pass would claim
+    assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
+    assert [tile.layer for tile in recorded.tiles] == [0, 1, 0, 1]
+    assert hooks.skipped == {}
 
 
 def test_hooked_twice_in_a_row() -> None:
@@ -953,7 +934,7 @@ def test_hooked_twice_in_a_row() -> None:
 
 
 @pytest.mark.parametrize("name", ["ours", "torchvision"])
-def test_nested_contexts_both_see_all(name: str) -> None:
+def test_nested_contexts_both_get_all_tiles(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
     with torch.no_grad():
         untouched, expected = model(x), expected_attention(model, x)
@@ -966,8 +947,8 @@ def test_nested_contexts_both_see_all(name: str) -> None:
                     model(x)
             assert not torch.backends.mha.get_fastpath_enabled()
             close(model(x), untouched, 1e-5)
-    for seen in (inner, outer):
-        close(seen.attention(), expected, 1e-6)
+    for recorded in (inner, outer):
+        close(recorded.attention(), expected, 1e-6)
     assert len(inner.tiles) == 4
     assert len(outer.tiles) == 6
     assert inner_hooks.layers == outer_hooks.layers
@@ -984,17 +965,17 @@ def test_nested_contexts_of_two_models() -> None:
 # Stopping early
 
 
-def test_stop_after_shows_the_layer_and_goes_no_further() -> None:
-    model, x, seen = small_vit(depth=3), images(), Assemble()
+def test_stop_after_shows_the_layer_and_ends_the_pass() -> None:
+    model, x, recorded = small_vit(depth=3), images(), Assemble()
     calls: list[str] = []
     for name in ("blocks.1.mlp", "blocks.0.mlp", "norm"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
-    with attention_hooks(model, seen) as hooks:
+    with attention_hooks(model, recorded) as hooks:
         hooks.stop_after = 1
         for _ in range(2):
             with pytest.raises(ForwardStopped):
                 model(x)
-        assert sorted(seen.layers) == [0, 1]
+        assert sorted(recorded.layers) == [0, 1]
         assert calls == ["blocks.0.mlp"] * 2
         with pytest.raises(ForwardStopped):
             model.forward_features(x)
@@ -1002,7 +983,7 @@ def test_stop_after_shows_the_layer_and_goes_no_further() -> None:
         hooks.stop_after = None
         model(x)
     assert calls[3:] == ["blocks.0.mlp", "blocks.1.mlp", "norm"]
-    close(seen.attention(), expected_attention(model, x), 1e-6)
+    close(recorded.attention(), expected_attention(model, x), 1e-6)
 
 
 def test_a_model_cannot_swallow_the_stop() -> None:
@@ -1040,18 +1021,18 @@ def test_attention_that_is_not_fused_raises_with_the_remedy() -> None:
         assert "timm.layers.set_fused_attn(True, experimental=True)" in str(error.value)
 
 
-def test_what_was_seen_instead_is_told() -> None:
+def test_the_error_lists_other_attention() -> None:
     from timm.models.xcit import Xcit
 
     model = Xcit(img_size=32, patch_size=16, embed_dim=16, depth=1, cls_attn_layers=1, num_heads=2).eval()
     with (
-        pytest.raises(InputError, match=r"other calls did: cls_attn_blocks.0.attn \(1 query for 5 keys\)"),
+        pytest.raises(InputError, match=r"other attention did: cls_attn_blocks.0.attn \(1 query for 5 keys\)"),
         attention_hooks(model),
     ):
         model(images(32, 32))
 
 
-def test_no_complaint_where_the_model_was_not_called() -> None:
+def test_no_error_if_the_model_was_not_called() -> None:
     with attention_hooks(small_vit()) as hooks:
         pass
     assert hooks.layers == []

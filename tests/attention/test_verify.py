@@ -20,15 +20,15 @@ def test_every_family_passes(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images()
     with torch.no_grad():
         untouched = FAMILIES[name].model()(x)
-    with leaves_nothing(model), attention_hooks(model, seen := Assemble(), verify=True):
+    with leaves_nothing(model), attention_hooks(model, recorded := Assemble(), verify=True):
         result = model(x)
-    assert len(seen.tiles) == 2  # the repetition is not shown
+    assert len(recorded.tiles) == 2  # the repeated call is not shown
     assert type(result) is type(untouched)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("part", [1.0, 0.9])
-def test_attention_that_is_a_tenth_off_is_found_in_any_precision(
+def test_attention_that_is_a_tenth_off_is_detected_in_any_precision(
     dtype: torch.dtype, part: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def off(self: TiledAttention, *args: Any) -> Tensor | None:
@@ -44,13 +44,13 @@ def test_attention_that_is_a_tenth_off_is_found_in_any_precision(
     else:
         with (
             leaves_nothing(model),
-            pytest.raises(RuntimeError, match=r"differs by up to .* where rounding explains .* do not trust"),
+            pytest.raises(RuntimeError, match=r"differs by up to .* but rounding explains only .* do not trust"),
             attention_hooks(model, Assemble(), verify=True),
         ):
             model(*inputs)
 
 
-def test_random_numbers_are_the_same_and_go_on_as_without() -> None:
+def test_random_numbers_are_the_same_and_continue_as_without_hooks() -> None:
     model, x = small_vit(dropout=0.5).train(), images()
     torch.manual_seed(3)
     untouched, after = model(x), torch.rand(3)
@@ -62,7 +62,7 @@ def test_random_numbers_are_the_same_and_go_on_as_without() -> None:
     result.sum().backward()
 
 
-def test_a_model_whose_calls_differ_is_found() -> None:
+def test_a_model_whose_calls_differ_is_detected() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -78,7 +78,7 @@ def test_a_model_whose_calls_differ_is_found() -> None:
             model(images())
 
 
-def test_autocast_rounds_as_its_own_type() -> None:
+def test_autocast_has_the_tolerance_of_its_own_type() -> None:
     model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
     with torch.autocast("cpu", dtype=torch.bfloat16), attention_hooks(model, verify=True):
         model(x)
@@ -101,7 +101,7 @@ def test_an_output_without_tensors() -> None:
         model(*qkv())
 
 
-def test_calls_of_parts_are_not_checked_and_that_is_said() -> None:
+def test_an_error_if_only_parts_were_called() -> None:
     model = small_vit()
     with pytest.raises(InputError, match="only parts of it were called; call the model itself"):  # noqa: SIM117
         with attention_hooks(model, verify=True):
@@ -118,8 +118,8 @@ def test_calls_that_end_early_are_not_checked() -> None:
         model(images())
 
 
-def test_the_repetition_takes_the_fast_path_again() -> None:
-    """So that it is the untouched model that is compared with."""
+def test_the_repeated_call_takes_the_fast_path_again() -> None:
+    """So that the comparison is with the untouched model."""
     model, x = FAMILIES["encoder"].model(), FAMILIES["encoder"].images()
     states: list[bool] = []
     model.proj.register_forward_hook(lambda *_: states.append(torch.backends.mha.get_fastpath_enabled()))
@@ -133,7 +133,7 @@ def test_the_repetition_takes_the_fast_path_again() -> None:
     assert states == [False, True]
 
 
-def test_a_call_knows_its_fused_result() -> None:
+def test_the_fused_result_of_a_call() -> None:
     q, k, v = qkv()
     call = AttentionCall(0, "", q, k, v, None, 0.0, True, 0.3, False, False)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)

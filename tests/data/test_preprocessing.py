@@ -1,4 +1,4 @@
-"""Reading, preparing and streaming photographs."""
+"""Finding, reading, preprocessing and streaming photographs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vit_probe import InputError, Preprocessing, sample_photographs
 from vit_probe.data.preprocessing import find_images, read_image
 from vit_probe.data.stream import ImageStream
 
-PREPARE = Preprocessing(size=(16, 24), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+PREPROCESSING = Preprocessing(size=(16, 24), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -22,7 +22,7 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four photographs, one of them in a folder below, and a text."""
+    """Four photographs, one of them in a subfolder, and a text file."""
     (tmp_path / "below").mkdir()
     for index, name in enumerate(("b.png", "a.JPG", "c.jpeg", "below/d.png")):
         noise(40, 50, index).save(tmp_path / name)
@@ -37,7 +37,7 @@ class TestPreprocessing:
         rows, cols = resized
         expected = np.asarray(image.resize((cols, rows), Image.Resampling.BICUBIC))
         top, left = (rows - 16) // 2, (cols - 24) // 2
-        np.testing.assert_array_equal(np.asarray(PREPARE.crop(image)), expected[top : top + 16, left : left + 24])
+        np.testing.assert_array_equal(np.asarray(PREPROCESSING.crop(image)), expected[top : top + 16, left : left + 24])
 
     @pytest.mark.parametrize("resize", [224, 256])
     def test_the_shorter_side_is_exact_for_every_size(self, resize: int) -> None:
@@ -49,12 +49,12 @@ class TestPreprocessing:
         assert Preprocessing(size=(224, 224), resize=256).scaled((448, 448)) == Preprocessing(size=(448, 448), resize=512)
         assert Preprocessing(size=(64, 64), resize=(64, 64)).scaled((96, 96)) == Preprocessing(size=(96, 96), resize=(96, 96))
 
-    def test_usual(self) -> None:
-        assert Preprocessing.usual((224, 224), interpolation="bilinear") == Preprocessing(
+    def test_imagenet(self) -> None:
+        assert Preprocessing.imagenet((224, 224), interpolation="bilinear") == Preprocessing(
             (224, 224), 256, interpolation="bilinear"
         )
 
-    def test_exact_size_squeezes(self) -> None:
+    def test_an_exact_size_changes_the_aspect_ratio(self) -> None:
         prepare = Preprocessing(size=(8, 8), resize=(8, 8), interpolation="bilinear")
         image = noise(20, 40)
         np.testing.assert_array_equal(
@@ -68,32 +68,34 @@ class TestPreprocessing:
 
     def test_standardised_per_channel(self) -> None:
         flat = Image.new("RGB", (64, 64), (255, 0, 51))
-        pixels = PREPARE(flat)
+        pixels = PREPROCESSING(flat)
         assert pixels.shape == (3, 16, 24)
         expected = torch.tensor([(1 - 0.5) / 0.2, (0 - 0.4) / 0.3, (0.2 - 0.3) / 0.4])
         torch.testing.assert_close(pixels[:, 3, 5], expected)
 
-    def test_the_numbers_are_those_of_torch_to_the_last_bit(self) -> None:
+    def test_values_equal_those_of_torch_exactly(self) -> None:
         image = noise(40, 60)
-        pixels = torch.from_numpy(np.array(PREPARE.crop(image))).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values)[:, None, None] for values in (PREPARE.mean, PREPARE.std))
-        torch.testing.assert_close(PREPARE(image), (pixels - mean) / std, rtol=0, atol=0)
-        assert PREPARE(image).is_contiguous()
+        pixels = torch.from_numpy(np.array(PREPROCESSING.crop(image))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (PREPROCESSING.mean, PREPROCESSING.std))
+        torch.testing.assert_close(PREPROCESSING(image), (pixels - mean) / std, rtol=0, atol=0)
+        assert PREPROCESSING(image).is_contiguous()
 
-    def test_denormalize_gives_the_photograph_back(self) -> None:
+    def test_denormalize_restores_the_photograph(self) -> None:
         image = noise(70, 90)
-        np.testing.assert_array_equal(PREPARE.denormalize(PREPARE(image)[None])[0], np.asarray(PREPARE.crop(image)))
+        np.testing.assert_array_equal(
+            PREPROCESSING.denormalize(PREPROCESSING(image)[None])[0], np.asarray(PREPROCESSING.crop(image))
+        )
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
     def test_other_modes_become_rgb(self, mode: str) -> None:
-        assert PREPARE(noise(40, 40).convert(mode)).shape == (3, 16, 24)
+        assert PREPROCESSING(noise(40, 40).convert(mode)).shape == (3, 16, 24)
 
 
 class TestReadImage:
-    def test_turned_upright(self, tmp_path: Path) -> None:
+    def test_exif_orientation_is_applied(self, tmp_path: Path) -> None:
         image = noise(20, 30)
         exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was turned by a quarter
+        exif[0x0112] = 6  # the camera was turned by 90 degrees
         image.save(tmp_path / "turned.png", exif=exif)
         np.testing.assert_array_equal(
             np.asarray(read_image(tmp_path / "turned.png")), np.asarray(image.rotate(-90, expand=True))
@@ -105,22 +107,22 @@ class TestReadImage:
         np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "grey.png"))[..., 1], grey)
 
     @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-    def test_values_of_unknown_range_are_refused(self, dtype: type, tmp_path: Path) -> None:
+    def test_values_of_unknown_range_raise(self, dtype: type, tmp_path: Path) -> None:
         Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "odd.tif")
-        with pytest.raises(InputError, match=r"odd.tif holds 32-bit values \(mode [IF]\), whose range is not known"):
+        with pytest.raises(InputError, match=r"odd.tif holds 32-bit values \(mode [IF]\) of unknown range; convert it"):
             read_image(tmp_path / "odd.tif")
 
     def test_too_many_pixels(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-        with pytest.raises(InputError, match=r"b.png has more pixels than is safe to decode"):
+        with pytest.raises(InputError, match=r"b.png has more pixels than Pillow decodes by default; downsize it"):
             read_image(folder / "b.png")
 
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"there is no image file .*missing.png"):
             read_image(tmp_path / "missing.png")
 
-    def test_no_image(self, folder: Path) -> None:
-        with pytest.raises(InputError, match=r"notes.txt is not an image that can be read"):
+    def test_not_an_image(self, folder: Path) -> None:
+        with pytest.raises(InputError, match=r"notes.txt is not a readable image file"):
             read_image(folder / "notes.txt")
 
     @pytest.mark.parametrize("name", ["a.JPG", "b.png"])
@@ -136,7 +138,7 @@ class TestFindImages:
         names = [str(path.relative_to(folder)) for path in find_images([folder])]
         assert names == ["a.JPG", "b.png", "below/d.png", "c.jpeg"]
 
-    def test_documents_and_hidden_files_are_no_photographs(self, folder: Path) -> None:
+    def test_documents_and_hidden_files_are_ignored(self, folder: Path) -> None:
         (folder / ".hidden").mkdir()
         for name in ("paper.pdf", "._a.jpg", ".hidden/e.png"):
             (folder / name).write_bytes(b"")
@@ -150,7 +152,7 @@ class TestFindImages:
             find_images([folder / "nowhere"])
 
     def test_an_empty_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"holds no image file"):
+        with pytest.raises(InputError, match=r"the folder .* contains no image files"):
             find_images([tmp_path])
 
 
@@ -162,26 +164,26 @@ class TestSamplePhotographs:
         assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
         assert all(image.mode == "RGB" for image in first)
 
-    def test_as_many_as_asked_for(self) -> None:
+    def test_default_count(self) -> None:
         assert len(sample_photographs()) == 128
 
 
 class TestImageStream:
-    def test_photographs_paths_and_tensors_are_the_same(self, folder: Path) -> None:
+    def test_photographs_paths_and_tensors_give_the_same_batches(self, folder: Path) -> None:
         paths = find_images([folder])
-        expected = torch.stack([PREPARE(read_image(path)) for path in paths])
+        expected = torch.stack([PREPROCESSING(read_image(path)) for path in paths])
         batches = expected.split(3)
         for images in (folder, str(folder), paths, [read_image(p) for p in paths], expected, list(batches), iter(batches)):
-            stream = ImageStream(images, PREPARE, batch_size=3)
+            stream = ImageStream(images, PREPROCESSING, batch_size=3)
             assert stream.image_size == (16, 24)
             torch.testing.assert_close(torch.cat(list(stream)), expected, rtol=0, atol=0)
 
-    def test_a_photograph_is_turned_upright_however_it_is_given(self, tmp_path: Path) -> None:
+    def test_exif_orientation_is_applied_to_files_and_photographs(self, tmp_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
         noise(40, 60).save(tmp_path / "turned.png", exif=exif)
         with Image.open(tmp_path / "turned.png") as image:
-            streams = [ImageStream(images, PREPARE) for images in ([image], [tmp_path / "turned.png"])]
+            streams = [ImageStream(images, PREPROCESSING) for images in ([image], [tmp_path / "turned.png"])]
             torch.testing.assert_close(*(torch.cat(list(stream)) for stream in streams), rtol=0, atol=0)
 
     def test_labelled_batches(self) -> None:
@@ -195,14 +197,14 @@ class TestImageStream:
     def test_names_and_hash_do_not_depend_on_the_batch_size(self, folder: Path) -> None:
         provenance = []
         for batch_size in (1, 3):
-            stream = ImageStream(folder, PREPARE, batch_size=batch_size)
+            stream = ImageStream(folder, PREPROCESSING, batch_size=batch_size)
             list(stream)
             provenance.append(stream.provenance())
         assert provenance[0] == provenance[1]
         assert provenance[0]["names"] == ["a.JPG", "b.png", "d.png", "c.jpeg"]
         assert provenance[0]["count"] == 4
 
-    def test_the_hash_tells_images_apart(self) -> None:
+    def test_the_hash_depends_on_the_pixels(self) -> None:
         digests = set()
         for seed in (0, 1):
             stream = ImageStream(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)), None)
@@ -211,49 +213,49 @@ class TestImageStream:
         assert len(digests) == 2
 
     def test_keeps_the_first_for_display(self, folder: Path) -> None:
-        stream = ImageStream(folder, PREPARE, batch_size=2, keep=3)
+        stream = ImageStream(folder, PREPROCESSING, batch_size=2, keep=3)
         list(stream)
         kept = stream.kept()
         assert kept is not None
-        expected = [np.asarray(PREPARE.crop(read_image(path))) for path in find_images([folder])[:3]]
+        expected = [np.asarray(PREPROCESSING.crop(read_image(path))) for path in find_images([folder])[:3]]
         np.testing.assert_array_equal(kept, np.stack(expected))
 
-    def test_keeps_nothing_where_the_preprocessing_is_unknown(self) -> None:
+    def test_keeps_nothing_without_preprocessing(self) -> None:
         stream = ImageStream(torch.rand(2, 3, 8, 8), None, keep=2)
         list(stream)
         assert stream.kept() is None
 
-    def test_broken_checksums_come_up_at_the_start(self, folder: Path) -> None:
+    def test_broken_checksums_raise_at_the_start(self, folder: Path) -> None:
         (folder / "z.png").write_bytes((folder / "b.png").read_bytes()[:500])
         with pytest.raises(InputError, match=r"z.png cannot be decoded"):
-            ImageStream(folder, PREPARE)
+            ImageStream(folder, PREPROCESSING)
 
     @pytest.mark.parametrize(
         ("images", "message"),
         [
-            (torch.rand(3, 8, 8), r"shape \(batch, channel, height, width\), got Tensor of shape \(3, 8, 8\)"),
+            (torch.rand(3, 8, 8), r"must have shape \(batch, channel, height, width\), got Tensor of shape \(3, 8, 8\)"),
             ([], "there are no images"),
             (iter([]), "there are no images"),
             (torch.rand(0, 3, 8, 8), "there are no images"),
             (3, "must be a tensor, photographs, paths, a dataset or an iterable of batches, got int"),
-            ([torch.rand(8, 8)], r"or tensors \(channel, height, width\), got Tensor of shape \(8, 8\)"),
+            ([torch.rand(8, 8)], r"or a tensor \(channel, height, width\), got Tensor of shape \(8, 8\)"),
             ([{"image": 1}], "got int"),
-            ((torch.rand(1, 3, 8, 8) * 255).to(torch.uint8), r"images are torch.uint8; tensors must be preprocessed"),
-            ([torch.zeros(1, 3, 8, 8, dtype=torch.int64)], r"images are torch.int64"),
-            ([Image.new("RGB", (8, 8)), torch.rand(3, 8, 8)], "must hold PIL images or paths only"),
+            ((torch.rand(1, 3, 8, 8) * 255).to(torch.uint8), r"must be floating point, preprocessed .*, got torch.uint8"),
+            ([torch.zeros(1, 3, 8, 8, dtype=torch.int64)], r"must be floating point, preprocessed .*, got torch.int64"),
+            ([Image.new("RGB", (8, 8)), torch.rand(3, 8, 8)], "must contain only PIL images and paths, got Tensor"),
         ],
     )
-    def test_images_of_no_known_kind(self, images: object, message: str) -> None:
+    def test_unsupported_images_raise(self, images: object, message: str) -> None:
         with pytest.raises(InputError, match=message):
-            ImageStream(images, PREPARE)  # type: ignore[arg-type]
+            ImageStream(images, PREPROCESSING)  # type: ignore[arg-type]
 
     def test_photographs_without_preprocessing(self) -> None:
-        with pytest.raises(InputError, match="does not say how photographs are prepared"):
+        with pytest.raises(InputError, match="does not define how photographs are preprocessed; pass preprocessing=Prep"):
             ImageStream([noise(20, 20)], None)
 
-    def test_two_sizes(self) -> None:
+    def test_images_of_different_sizes_raise(self) -> None:
         stream = ImageStream([torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 16)], None)
-        with pytest.raises(InputError, match="8 x 16 pixels follow ones of 8 x 8"):
+        with pytest.raises(InputError, match="must have the same size, got 8 x 16 pixels after 8 x 8; resize them"):
             list(stream)
 
     def test_batch_size_below_one(self) -> None:

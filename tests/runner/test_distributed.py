@@ -1,4 +1,4 @@
-"""Several processes share the images: the numbers are those of one, and no process waits in vain for another."""
+"""Several processes share the images: results equal those of one process, and no process waits for ever."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ from torch import distributed
 
 from tests.example_models import Assemble, classifier, images, small_vit
 from tests.measures.tiles import feed, random_attention
-from vit_probe import InputError, Preprocessing, TokenGrid, load_result, save_model
+from tests.runner.result_arrays import result_arrays
+from vit_probe import InputError, Preprocessing, TokenGrid, attention_entropy, load_result, mean_attention_distance, save_model
 from vit_probe.data.manifest import ImageManifest
 from vit_probe.data.stream import ImageStream
-from vit_probe.measures import AttentionDistance, AttentionRollout
+from vit_probe.measures.rollout import AttentionRollout
 from vit_probe.results import Result
-from vit_probe.runner.distributed import Processes
+from vit_probe.runner.distributed import ProcessGroup
+from vit_probe.runner.protocol import PerImage
 from vit_probe.runner.resume import state_file
 from vit_probe.runner.run import AttentionRun
 
 GRID = TokenGrid(2, 3, (8, 6), 1, True)
-WAIT = 120  # seconds; a run takes a few
-# Each process leaves its number, by which a test ends it.
+TIMEOUT = 120  # seconds; a run takes a few
+# Each process writes its process id to a file, so that a test can kill it.
 SCRIPT = """
 import os, pathlib, sys
 import torch
@@ -47,8 +50,8 @@ main()
 
 
 @dataclass
-class Ended:
-    """How a process ended: exit status, standard output and standard error."""
+class Completed:
+    """Exit code, standard output and standard error of a process."""
 
     code: int
     out: str
@@ -56,69 +59,76 @@ class Ended:
 
 
 def start(folder: Path, *command: object, **environment: object) -> subprocess.Popen[str]:
-    """A process whose environment says of others what `environment` says, and nothing else."""
+    """Start a process with the variables of `environment`, and no other variables of torchrun."""
     inherited = {
         name: value for name, value in os.environ.items() if not re.match("RANK|WORLD_|LOCAL_|MASTER_|TORCHELASTIC", name)
     }
-    said = {name: str(value) for name, value in environment.items()}
+    variables = {name: str(value) for name, value in environment.items()}
     return subprocess.Popen(
         [str(part) for part in command],
-        env=inherited | said | {"PIDS": str(folder), "OMP_NUM_THREADS": "1"},
+        env=inherited | variables | {"PIDS": str(folder), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def by_hand(folder: Path, shares: list[list[object]]) -> list[subprocess.Popen[str]]:
-    """A process for each entry, which are its arguments, started one by one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    others = dict(WORLD_SIZE=len(shares), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [start(folder, sys.executable, "-c", SCRIPT, *given, RANK=rank, **others) for rank, given in enumerate(shares)]
+def start_all(folder: Path, arguments_of_each: list[list[object]]) -> list[subprocess.Popen[str]]:
+    """Start a group of processes without torchrun, each with its own arguments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = dict(WORLD_SIZE=len(arguments_of_each), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [
+        start(folder, sys.executable, "-c", SCRIPT, *arguments, RANK=rank, **group)
+        for rank, arguments in enumerate(arguments_of_each)
+    ]
 
 
-def torchrun(folder: Path, count: int, *arguments: object, before: str = "") -> subprocess.Popen[str]:
+def torchrun(folder: Path, world_size: int, *arguments: object, before: str = "") -> subprocess.Popen[str]:
     (folder / "script.py").write_text(before + SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world_size]
     return start(folder, *launcher, folder / "script.py", *arguments)
 
 
-def ends(*processes: subprocess.Popen[str]) -> list[Ended]:
-    """All have ended within `WAIT` seconds."""
-    found = []
+def wait_for(*processes: subprocess.Popen[str]) -> list[Completed]:
+    """Wait until all processes have ended; fails after `TIMEOUT` seconds."""
+    completed = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=WAIT)
-            found.append(Ended(process.returncode, out, "\n".join(line for line in err.splitlines() if "[W" not in line)))
+            out, err = process.communicate(timeout=TIMEOUT)
+            err = "\n".join(line for line in err.splitlines() if "[W" not in line)  # warnings of torch's C++ code
+            completed.append(Completed(process.returncode, out, err))
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return found
+    return completed
 
 
-def waits_for(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not what():
-        assert time.monotonic() < end
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def agree(one: Path, other: Path, name: str) -> Result:
-    """Asserts that two folders hold the same result: maps, pictures and provenance alike, float64 within rounding."""
-    mine, theirs = (load_result(folder / f"{name}.safetensors") for folder in (one, other))
-    assert mine.provenance == theirs.provenance
-    for field, value in vars(theirs).items():
-        if not isinstance(value, np.ndarray):
-            assert getattr(mine, field) == value
-        elif value.dtype == np.uint8:
-            np.testing.assert_array_equal(getattr(mine, field), value)
+def assert_same_result(actual: Path, desired: Path, name: str) -> Result:
+    """Assert that two folders hold the same result and provenance, numbers within rounding; returns the result."""
+    result, expected = (load_result(folder / f"{name}.safetensors") for folder in (actual, desired))
+    assert result.provenance == expected.provenance
+    for field, value in vars(expected).items():
+        if not isinstance(value, np.ndarray | dict):
+            assert getattr(result, field) == value
+    arrays, expected_arrays = result_arrays(result), result_arrays(expected)
+    assert arrays.keys() == expected_arrays.keys()
+    for name, value in expected_arrays.items():
+        if value.dtype == np.uint8:
+            np.testing.assert_array_equal(arrays[name], value)
         else:
             rtol, atol = (1e-9, 1e-9) if value.dtype == np.float64 else (0, 1e-7)
-            np.testing.assert_allclose(getattr(mine, field), value, rtol=rtol, atol=atol)
-    return theirs
+            np.testing.assert_allclose(arrays[name], value, rtol=rtol, atol=atol)
+    return expected
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +140,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Nine, of which 03 and 06 are cut off: the second of three processes has one of them, and the first the other."""
+    """Nine photographs, two of them truncated: 03 is in the shard of the second of two processes, 06 in that of the first."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -146,289 +156,300 @@ def photographs(tmp_path: Path) -> Path:
 # The command
 
 
-def test_two_processes_give_what_one_gives(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
-    given = ["figures", "--model", checkpoint, "--images", photographs, "--batch-size", 1, "--on-error", "skip", "--out"]
+def test_two_processes_equal_one(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+    arguments = ["figures", "--model", checkpoint, "--images", photographs, "--batch-size", 1, "--on-error", "skip", "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
-    alone, several = ends(start(tmp_path, sys.executable, "-c", SCRIPT, *given, one), torchrun(tmp_path, 2, *given, two))
-    assert (alone.code, several.code) == (0, 0), several.err
+    single, group = wait_for(
+        start(tmp_path, sys.executable, "-c", SCRIPT, *arguments, one), torchrun(tmp_path, 2, *arguments, two)
+    )
+    assert (single.code, group.code) == (0, 0), group.err
     for name in ("attention_distance", "patch_filters", "position_similarity"):
-        agree(two, one, name)
-    rollout: Any = agree(two, one, "rollout")
+        assert_same_result(two, one, name)
+    rollout: Any = assert_same_result(two, one, "rollout")
     assert rollout.names == [f"{index:02}.jpg" for index in range(9) if index not in (3, 6)]
     assert len(rollout.maps) == len(rollout.images) == 7
-    assert abs(np.diff(rollout.maps, axis=0)).max(axis=(1, 2)).min() > 1e-4  # images differ, so that their order shows
+    assert abs(np.diff(rollout.maps, axis=0)).max(axis=(1, 2)).min() > 1e-4  # the images differ, so a wrong order would show
     assert list(rollout.provenance["images"]["skipped"]) == ["03.jpg", "06.jpg"]
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
-    assert several.out.replace(str(two), str(one)) == alone.out
-    assert re.findall(r"note: (\d+.jpg) is left out", several.err) == ["03.jpg", "06.jpg"]
+    assert group.out.replace(str(two), str(one)) == single.out
+    assert re.findall(r"note: (\d+.jpg) is left out", group.err) == ["03.jpg", "06.jpg"]
 
 
 def test_more_processes_than_images(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
-    given = ["rollout", "--model", checkpoint, "--images", photographs, "--limit", 2, "--out"]
-    three = by_hand(tmp_path, [[*given, tmp_path / "three"]] * 3)
-    ended = ends(*three, start(tmp_path, sys.executable, "-c", SCRIPT, *given, tmp_path / "one"))
-    assert [process.code for process in ended] == [0] * 4, ended
-    assert [process.err for process in ended] == [""] * 4
-    assert [bool(process.out) for process in ended] == [True, False, False, True]
-    agree(tmp_path / "three", tmp_path / "one", "rollout")
+    arguments = ["rollout", "--model", checkpoint, "--images", photographs, "--limit", 2, "--out"]
+    three = start_all(tmp_path, [[*arguments, tmp_path / "three"]] * 3)
+    completed = wait_for(*three, start(tmp_path, sys.executable, "-c", SCRIPT, *arguments, tmp_path / "one"))
+    assert [process.code for process in completed] == [0] * 4, completed
+    assert [process.err for process in completed] == [""] * 4
+    assert [bool(process.out) for process in completed] == [True, False, False, True]
+    assert_same_result(tmp_path / "three", tmp_path / "one", "rollout")
 
 
 def test_a_process_is_killed(tmp_path: Path) -> None:
-    """By hand, so that nothing but the broken connection tells the others."""
+    """Without torchrun, so that the other process learns of it only from the broken connection."""
     out = tmp_path / "out"
-    given = ["distance", "--limit", 128, "--batch-size", 2, "--resume", "--out"]
+    arguments = ["distance", "--limit", 128, "--batch-size", 2, "--resume", "--out"]
     states = [out / f"run-state-{rank}-of-2.safetensors" for rank in (0, 1)]
     for killed in (1, 0):
         written = [path.stat().st_mtime_ns if path.exists() else 0 for path in states]
-        both = by_hand(tmp_path, [[*given, out]] * 2)
-        waits_for(lambda: states[killed].exists() and states[killed].stat().st_mtime_ns > written[killed])  # noqa: B023
+        both = start_all(tmp_path, [[*arguments, out]] * 2)
+        wait_until(lambda: states[killed].exists() and states[killed].stat().st_mtime_ns > written[killed])  # noqa: B023
         both[killed].send_signal(signal.SIGKILL)
-        ended = ends(*both)
-        assert ended[killed].code == -signal.SIGKILL
-        assert ended[1 - killed].code == 2
-        sentence = f"process {killed} of 2 (counted from 0) has ended before its time; the same command with --resume goes on"
-        assert ended[1 - killed].err.startswith(f"vit-probe: {sentence}")
-        assert len(ended[1 - killed].err.splitlines()) == 1
+        completed = wait_for(*both)
+        assert completed[killed].code == -signal.SIGKILL
+        assert completed[1 - killed].code == 2
+        message = f"process {killed} of 2 (counting from 0) exited before the run was complete"
+        assert completed[1 - killed].err.startswith(
+            f"vit-probe: {message}; the same command with --resume continues from there"
+        )
+        assert len(completed[1 - killed].err.splitlines()) == 1
         assert all(path.exists() for path in states)
         assert not list(out.glob("*.csv"))
-    (alone,) = ends(start(tmp_path, sys.executable, "-c", SCRIPT, *given, out))
-    assert alone.code == 2
-    assert "holds the state of a run in 2 processes, and this one is in one process; go on in 2 processes" in alone.err
-    ended = ends(*by_hand(tmp_path, [[*given, out]] * 2))
-    assert [process.code for process in ended] == [0, 0], ended
-    ends(start(tmp_path, sys.executable, "-c", SCRIPT, *given, tmp_path / "whole"))
-    agree(out, tmp_path / "whole", "attention_distance")
+    (single,) = wait_for(start(tmp_path, sys.executable, "-c", SCRIPT, *arguments, out))
+    assert single.code == 2
+    assert "holds the state of a run in 2 processes, but this run is in one process; resume in 2 processes" in single.err
+    completed = wait_for(*start_all(tmp_path, [[*arguments, out]] * 2))
+    assert [process.code for process in completed] == [0, 0], completed
+    wait_for(start(tmp_path, sys.executable, "-c", SCRIPT, *arguments, tmp_path / "uninterrupted"))
+    assert_same_result(out, tmp_path / "uninterrupted", "attention_distance")
     assert not any(path.exists() for path in states)
 
 
 def test_a_process_is_killed_under_torchrun(tmp_path: Path) -> None:
     out, state = tmp_path / "out", tmp_path / "out" / "run-state-1-of-2.safetensors"
-    given = ["distance", "--limit", 128, "--batch-size", 2, "--out", out]
-    both = torchrun(tmp_path, 2, *given)
-    waits_for(state.exists)
+    arguments = ["distance", "--limit", 128, "--batch-size", 2, "--out", out]
+    both = torchrun(tmp_path, 2, *arguments)
+    wait_until(state.exists)
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-    (ended,) = ends(both)
-    assert ended.code not in (0, None)
-    assert "the same command with --resume goes on" in ended.err
+    (completed,) = wait_for(both)
+    assert completed.code not in (0, None)
+    assert "the same command with --resume continues" in completed.err
     assert state.exists()
-    (ended,) = ends(torchrun(tmp_path, 2, *given, "--resume"))
-    assert ended.code == 0, ended.err
+    (completed,) = wait_for(torchrun(tmp_path, 2, *arguments, "--resume"))
+    assert completed.code == 0, completed.err
     assert not state.exists()
     result: Any = load_result(out / "attention_distance.safetensors")
     assert result.num_images == len(set(result.provenance["images"]["names"])) == 128
 
 
-@pytest.mark.parametrize("wrong", ["option", "model", "no image"])
-def test_what_is_wrong_for_all_is_said_once(wrong: str, checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
-    given, sentence = {
+@pytest.mark.parametrize("error", ["option", "model", "image"])
+def test_an_error_in_all_processes_is_reported_once(error: str, checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+    arguments, message = {
         "option": (["--prefix", "neither"], "'neither' is not one of 'renormalize', 'drop'"),
         "model": (["--model", "nowhere.pt"], "there is no checkpoint file or folder nowhere.pt"),
-        "no image": (["--model", checkpoint, "--images", photographs], "09.jpg is not an image that can be read"),
-    }[wrong]
-    (photographs / "09.jpg").write_text("no image")  # which the second process alone meets
-    first, second = ends(*by_hand(tmp_path, [["distance", *given, "--out", tmp_path / "out"]] * 2))
+        "image": (["--model", checkpoint, "--images", photographs], "09.jpg is not a readable image file"),
+    }[error]
+    (photographs / "09.jpg").write_text("no image")  # in the shard of the second process only
+    first, second = wait_for(*start_all(tmp_path, [["distance", *arguments, "--out", tmp_path / "out"]] * 2))
     assert (first.code, second.code) == (2, 2)
     assert first.err.startswith("vit-probe: ")
-    assert sentence in first.err
+    assert message in first.err
     assert len(first.err.splitlines()) == 1
     assert second.err == ""
 
 
-def test_the_first_process_speaks_before_torchrun_ends_it(tmp_path: Path) -> None:
-    """Which it does as soon as another has failed, and here the others are faster."""
+def test_the_main_process_reports_before_torchrun_ends_it(tmp_path: Path) -> None:
+    """torchrun ends all processes as soon as one has failed, and here the others fail earlier than the main process."""
     slow = """
 import os, time
 from vit_probe.cli import console as terminal
 run = terminal._run
-terminal._run = lambda *given: (time.sleep(2 if os.environ["RANK"] == "0" else 0), run(*given))[1]
+terminal._run = lambda *arguments: (time.sleep(2 if os.environ["RANK"] == "0" else 0), run(*arguments))[1]
 """
-    (ended,) = ends(torchrun(tmp_path, 3, "distance", "--prefix", "neither", before=slow))
-    assert ended.code not in (0, None)
-    assert ended.err.count("vit-probe: ") == ended.err.count("'neither' is not one of 'renormalize', 'drop'") == 1
+    (completed,) = wait_for(torchrun(tmp_path, 3, "distance", "--prefix", "neither", before=slow))
+    assert completed.code not in (0, None)
+    assert completed.err.count("vit-probe: ") == completed.err.count("'neither' is not one of 'renormalize', 'drop'") == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_is_wrong_for_one_alone_ends_all(rank: int, tmp_path: Path) -> None:
-    given: list[list[object]] = [["distance", "--out", tmp_path / "out"] for _ in range(2)]
-    given[rank] += ["--prefix", "neither"]
-    first, second = ends(*by_hand(tmp_path, given))
+def test_an_error_in_one_process_ends_all(rank: int, tmp_path: Path) -> None:
+    arguments: list[list[object]] = [["distance", "--out", tmp_path / "out"] for _ in range(2)]
+    arguments[rank] += ["--prefix", "neither"]
+    first, second = wait_for(*start_all(tmp_path, arguments))
     assert (first.code, second.code) == (2, 2)
     assert first.err.count("vit-probe: ") == first.err.count("'neither' is not one of 'renormalize', 'drop'") == 1
     assert second.err == ""
 
 
 @pytest.mark.parametrize("command", ["--help", "models", "filters", "positions"])
-def test_what_takes_no_images_waits_for_nobody(command: str, tmp_path: Path) -> None:
-    given = [command] if command in ("--help", "models") else [command, "--out", tmp_path / "out"]
-    (ended,) = ends(start(tmp_path, sys.executable, "-c", SCRIPT, *given, RANK=0, WORLD_SIZE=2))
-    assert ended.code == 0, ended.err
-    assert ended.out
+def test_commands_without_images_do_not_wait_for_other_processes(command: str, tmp_path: Path) -> None:
+    arguments = [command] if command in ("--help", "models") else [command, "--out", tmp_path / "out"]
+    (completed,) = wait_for(start(tmp_path, sys.executable, "-c", SCRIPT, *arguments, RANK=0, WORLD_SIZE=2))
+    assert completed.code == 0, completed.err
+    assert completed.out
 
 
-def test_wrong_arguments_with_nobody_to_meet(tmp_path: Path) -> None:
-    (ended,) = ends(start(tmp_path, sys.executable, "-c", SCRIPT, "distance", "--prefix", "neither", RANK=1, WORLD_SIZE=2))
-    assert ended.code == 2
-    assert "vit-probe: in process 1 of 2: " in ended.err
-    assert "'neither' is not one of 'renormalize', 'drop'" in ended.err
+def test_wrong_arguments_without_other_processes(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", SCRIPT, "distance", "--prefix", "neither")
+    (completed,) = wait_for(start(tmp_path, *command, RANK=1, WORLD_SIZE=2))
+    assert completed.code == 2
+    assert "vit-probe: in process 1 of 2: " in completed.err
+    assert "'neither' is not one of 'renormalize', 'drop'" in completed.err
 
 
-def test_what_one_process_meets_on_its_way_ends_all(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+def test_an_error_of_one_process_during_the_run_ends_all(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
     (photographs / "06.jpg").unlink()
-    given = ["distance", "--model", checkpoint, "--images", photographs, "--out", tmp_path / "out"]
-    first, second = ends(*by_hand(tmp_path, [given] * 2))
+    arguments = ["distance", "--model", checkpoint, "--images", photographs, "--out", tmp_path / "out"]
+    first, second = wait_for(*start_all(tmp_path, [arguments] * 2))
     assert (first.code, second.code) == (2, 2)
     assert re.match("vit-probe: in process 1 of 2: .*03.jpg cannot be decoded", second.err)
-    assert "process 1 of 2 (counted from 0) has ended" in first.err
+    assert "process 1 of 2 (counting from 0) exited before the run was complete" in first.err
 
 
-def test_processes_that_were_not_given_the_same(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
-    given = ["distance", "--model", checkpoint, "--on-error", "skip", "--out", tmp_path / "out", "--images", photographs]
-    first, second = ends(*by_hand(tmp_path, [given, [*given, "--limit", 8, "--prefix", "drop", "--on-error", "stop"]]))
+def test_processes_with_different_options_raise(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+    arguments = ["distance", "--model", checkpoint, "--on-error", "skip", "--out", tmp_path / "out", "--images", photographs]
+    first, second = wait_for(
+        *start_all(tmp_path, [arguments, [*arguments, "--limit", 8, "--prefix", "drop", "--on-error", "stop"]])
+    )
     assert (first.code, second.code) == (2, 2)
     assert "process 1 does not have the same images, measures and on_error as process 0; start all" in first.err
     assert second.err == ""
 
 
-# Merging
+# Merging shards
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     shards=st.lists(st.integers(0, 3), min_size=7, max_size=7),
     ranks=st.permutations(range(4)),
-    kind=st.sampled_from([AttentionDistance, AttentionRollout]),
+    observer=st.sampled_from(
+        [mean_attention_distance.observer, partial(attention_entropy.observer, per_image=True), AttentionRollout]
+    ),
 )
-def test_any_shards_in_any_order_give_the_whole(shards: list[int], ranks: list[int], kind: type) -> None:
-    """Each image goes to a shard; the shards, some of them empty, are merged in the order of `ranks`."""
+def test_merging_any_shards_in_any_order_equals_one_process(shards: list[int], ranks: list[int], observer: Any) -> None:
+    """Each image belongs to a shard; the shards, some of them empty, are merged in the order of `ranks`."""
     double = torch.float64
     attention = random_attention(GRID, batch=7)
-    whole = feed(kind(GRID), attention, dtype=double).compute()
-    shares = [[image for image in range(7) if shards[image] == rank] for rank in ranks]
-    merged, records = kind(GRID), ImageManifest()
-    for share in shares:
-        shard, restored = feed(kind(GRID), attention[:, share], batch_size=2, dtype=double), kind(GRID)
-        restored.restore(shard.state())
+    together = feed(observer(GRID), attention, dtype=double).compute()
+    merged, manifests = observer(GRID), ImageManifest()
+    for rank in ranks:
+        shard = [image for image in range(7) if shards[image] == rank]
+        measure, restored = feed(observer(GRID), attention[:, shard], batch_size=2, dtype=double), observer(GRID)
+        restored.restore(measure.state())
         merged.merge(restored)
-        records.add(ImageManifest(7, [f"image {image}" for image in share], share, [str(image) for image in share]))
-    record, order = records.in_order()
-    assert record.indices == list(range(7))
-    assert record.names == [f"image {image}" for image in range(7)]
-    assert record.digests == list("0123456")
-    if kind is AttentionRollout:
+        manifests.extend(ImageManifest(7, [f"image {image}" for image in shard], shard, [str(image) for image in shard]))
+    manifest, order = manifests.in_order()
+    assert manifest.indices == list(range(7))
+    assert manifest.names == [f"image {image}" for image in range(7)]
+    assert manifest.digests == list("0123456")
+    if isinstance(merged, PerImage):
         merged.reorder(order)
     result = merged.compute()
-    for name, value in vars(whole).items():
-        if isinstance(value, np.ndarray):
-            np.testing.assert_allclose(getattr(result, name), value, rtol=1e-9, atol=1e-12)
-        elif name != "provenance":
+    arrays, expected = result_arrays(result), result_arrays(together)
+    assert arrays.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-9, atol=1e-12)
+    for name, value in vars(together).items():
+        if not isinstance(value, np.ndarray | dict):
             assert getattr(result, name) == value
 
 
-def test_what_was_left_out_comes_in_the_order_of_the_list() -> None:
-    records = ImageManifest()
-    records.add(ImageManifest(5, ["a", "c"], [0, 2], ["x", "z"], [("e", "broken")], [4], {0: np.zeros((1, 1, 3))}))
-    records.add(ImageManifest(4, ["d"], [3], ["w"], [("b", "gone")], [1], {3: np.ones((1, 1, 3))}))
-    record, order = records.in_order()
-    assert (record.names, record.skipped, order) == (["a", "c", "d"], [("b", "gone"), ("e", "broken")], [0, 1, 2])
-    assert list(record.provenance()["skipped"]) == ["b", "e"]
-    assert record.shown(2) is None  # the picture of c was not kept
-    assert np.ravel(record.shown(1)).tolist() == [0, 0, 0]
+def test_skipped_images_are_sorted_too() -> None:
+    manifests = ImageManifest()
+    manifests.extend(ImageManifest(5, ["a", "c"], [0, 2], ["x", "z"], [("e", "broken")], [4], {0: np.zeros((1, 1, 3))}))
+    manifests.extend(ImageManifest(4, ["d"], [3], ["w"], [("b", "gone")], [1], {3: np.ones((1, 1, 3))}))
+    manifest, order = manifests.in_order()
+    assert (manifest.names, manifest.skipped, order) == (["a", "c", "d"], [("b", "gone"), ("e", "broken")], [0, 1, 2])
+    assert list(manifest.provenance()["skipped"]) == ["b", "e"]
+    assert manifest.first_pictures(2) is None  # the picture of c was not kept
+    assert np.ravel(manifest.first_pictures(1)).tolist() == [0, 0, 0]
 
 
-def test_the_first_process_keeps_no_more_pictures_than_it_shows() -> None:
+def test_merging_keeps_no_more_pictures_than_are_shown() -> None:
     stream = ImageStream(images(batch=4), None, keep=2, shard=(0, 2))
     shards = [[0, 2], [1, 3]]
     pictures = [{index: np.full((1, 1, 3), index) for index in shard} for shard in shards]
-    records = [
+    manifests = [
         ImageManifest(4, list("ab"), shard, list("xy"), [], [], kept) for shard, kept in zip(shards, pictures, strict=True)
     ]
-    stream.merge(records)
-    assert stream.record().pictures.keys() == {0, 1}
+    stream.merge(manifests)
+    assert stream.manifest.pictures.keys() == {0, 1}
     assert stream.kept()[:, 0, 0, 0].tolist() == [0, 1]  # type: ignore[index]
 
 
-def test_a_state_stays_as_it_was_taken() -> None:
-    record = ImageManifest(1, ["a"], [0], ["x"])
-    state = record.state()
-    record.add(ImageManifest(2, ["b"], [1], ["y"]))
+def test_a_state_does_not_change_with_its_manifest() -> None:
+    manifest = ImageManifest(1, ["a"], [0], ["x"])
+    state = manifest.state()
+    manifest.extend(ImageManifest(2, ["b"], [1], ["y"]))
     assert (state["position"], state["names"], state["indices"]) == (1, ["a"], [0])
 
 
-# The parts
+# ProcessGroup and state files
 
 
-def test_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    here = Processes.from_env()
-    assert (here.rank, here.count, here.is_main) == (0, 1, True)
+    processes = ProcessGroup.from_env()
+    assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    here = Processes.from_env()
-    assert (here.rank, here.count, here.local_rank, here.is_main) == (3, 4, 1, False)
+    processes = ProcessGroup.from_env()
+    assert (processes.rank, processes.world_size, processes.local_rank, processes.is_main) == (3, 4, 1, False)
     for name, value in {"RANK": "4", "WORLD_SIZE": "four"}.items():
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
-            with pytest.raises(InputError, match=f"the environment says .*{name}={value}.*, which is no process of several"):
-                Processes.from_env()
+            with pytest.raises(InputError, match=f"the environment variables .*{name}={value}.* are invalid: they must be"):
+                ProcessGroup.from_env()
 
 
-def test_one_process_has_nobody_to_talk_to() -> None:
-    one = Processes()
-    one.meet()
+def test_a_single_process_does_not_communicate() -> None:
+    processes = ProcessGroup()
+    processes.init()
     assert not distributed.is_initialized()
-    assert (one.gather(3), one.broadcast(4)) == ([3], 4)
-    with pytest.raises(InputError, match="as it is") as caught, one.barrier():
-        raise InputError("as it is")
+    assert (processes.gather(3), processes.broadcast(4)) == ([3], 4)
+    with pytest.raises(InputError, match="unchanged") as caught, processes.barrier():
+        raise InputError("unchanged")
     assert type(caught.value) is InputError
 
 
-def test_nobody_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_processes_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    sentence = "the other processes cannot be met .*MASTER_ADDR.* start all 2 with torchrun, or give each"
-    with pytest.raises(InputError, match=sentence), Processes(0, 2).barrier():
+    message = "cannot connect to the other processes .*MASTER_ADDR.* start all 2 with torchrun, or set RANK"
+    with pytest.raises(InputError, match=message), ProcessGroup(0, 2).barrier():
         raise AssertionError
     assert not distributed.is_initialized()
 
 
-def test_they_meet_in_the_memory_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And all are there, within minutes, before the group is made that waits for days."""
-    done: list[Any] = []
+def test_processes_connect_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are there, within minutes, before the group with the long timeout is made."""
+    calls: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("init_process_group", "barrier", "new_group"):
-        monkeypatch.setattr(distributed, name, lambda *given, name=name, **limits: done.append((name, *given)))
-    Processes(0, 2).meet()
-    assert done == [("init_process_group", "gloo"), ("barrier",), ("new_group",)]
+        monkeypatch.setattr(distributed, name, lambda *arguments, name=name, **timeout: calls.append((name, *arguments)))
+    ProcessGroup(0, 2).init()
+    assert calls == [("init_process_group", "gloo"), ("barrier",), ("new_group",)]
 
 
-def test_a_gpu_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [Processes(9, 16, local).device("auto") for local in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
-    assert [Processes(9, 16, 2).device(name) for name in ("cuda", "cpu", "cuda:1")] == ["cuda:2", "cpu", "cuda:1"]
-    assert Processes().device("auto") == "auto"
+    assert [ProcessGroup(9, 16, local).device("auto") for local in (0, 3, 5)] == ["cuda:0", "cuda:3", "cuda:1"]
+    assert [ProcessGroup(9, 16, 2).device(name) for name in ("cuda", "cpu", "cuda:1")] == ["cuda:2", "cpu", "cuda:1"]
+    assert ProcessGroup().device("auto") == "auto"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Processes(1, 2, 1).device("auto") == "auto"
+    assert ProcessGroup(1, 2, 1).device("auto") == "auto"
 
 
 def test_observers_that_cannot_be_merged() -> None:
-    run = AttentionRun(small_vit(), images(), device="cpu", processes=Processes(0, 2))
-    with pytest.raises(InputError, match="has no state, and is in one process"):
+    run = AttentionRun(small_vit(), images(), device="cpu", processes=ProcessGroup(0, 2))
+    with pytest.raises(InputError, match=r"observers without a state .* in one process only"):
         run.observe(Assemble())
 
 
-def test_states_of_another_number_of_processes(tmp_path: Path) -> None:
+def test_the_state_of_another_number_of_processes_raises(tmp_path: Path) -> None:
     assert state_file(tmp_path, 0, 1, resume=True).name == "run-state.safetensors"
     path = state_file(tmp_path, 1, 3, resume=True)
     assert path.name == "run-state-1-of-3.safetensors"
     path.touch()
     assert state_file(tmp_path, 0, 3, resume=True).name == "run-state-0-of-3.safetensors"
-    with pytest.raises(InputError, match="in 3 processes, and this one is in 2 processes; go on in 3 processes, or start"):
+    with pytest.raises(InputError, match="in 3 processes, but this run is in 2 processes; resume in 3 processes, or omit"):
         state_file(tmp_path, 1, 2, resume=True)
-    with pytest.raises(InputError, match="and this one is in one process;"):
+    with pytest.raises(InputError, match="but this run is in one process;"):
         state_file(tmp_path, 0, 1, resume=True)
     (tmp_path / "other.safetensors").touch()
     state_file(tmp_path, 0, 1, resume=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import vit_probe.runner.run
 from tests.example_models import FAMILIES, Assemble, Hungry, images, small_vit
 from vit_probe import InputError, Preprocessing, TokenGrid, attention_rollout, mean_attention_distance
 from vit_probe.errors import AssumptionWarning
-from vit_probe.measures import AttentionDistance, AttentionRollout
+from vit_probe.measures.base.discovery import measure_files
+from vit_probe.measures.base.registry import registered
+from vit_probe.measures.rollout import AttentionRollout
 from vit_probe.measures.rollout_algorithms import RightToLeft
 from vit_probe.results import weights_sha256
+from vit_probe.runner.resume import write_state
 from vit_probe.runner.run import AttentionRun, model_provenance, select_device
 
 PREPARE = Preprocessing(size=(24, 24), resize=28, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -75,10 +80,10 @@ def test_images_of_every_kind(kind: str, batch_size: int, photographs: list[Imag
     pictures = KINDS[kind](photographs, folder, x)
     result = mean_attention_distance(small_vit(), pictures, preprocessing=PREPARE, batch_size=batch_size, device="cpu")
     assert result.num_images == 5
-    expected = AttentionDistance(small_vit().token_grid(24, 24))
+    expected = mean_attention_distance.observer(small_vit().token_grid(24, 24))
     run(small_vit(), x).observe(expected)
     np.testing.assert_allclose(result.distance, expected.compute().distance, rtol=1e-6)
-    np.testing.assert_allclose(result.std, expected.compute().std, rtol=1e-4)
+    np.testing.assert_allclose(result.std["distance"], expected.compute().std["distance"], rtol=1e-4)
     kept = attention_rollout(small_vit(), KINDS[kind](photographs, folder, x), preprocessing=PREPARE, device="cpu").images
     np.testing.assert_array_equal(kept, [np.asarray(PREPARE.crop(photograph)) for photograph in photographs])
 
@@ -104,7 +109,11 @@ def test_the_models_own_preprocessing_is_used(photographs: list[Image.Image]) ->
 def test_several_measures_in_one_pass() -> None:
     model, x = small_vit(), images(batch=5)
     grid = model.token_grid(24, 24)
-    together = [AttentionDistance(grid), AttentionDistance(grid, prefix="drop"), AttentionRollout(grid)]
+    together = [
+        mean_attention_distance.observer(grid),
+        mean_attention_distance.observer(grid, prefix="drop"),
+        AttentionRollout(grid),
+    ]
     run(model, x, batch_size=2).observe(*together)
     np.testing.assert_array_equal(together[0].compute().distance, measured(model, x, batch_size=2))
     np.testing.assert_array_equal(together[1].compute().distance, measured(model, x, batch_size=2, prefix="drop"))
@@ -142,6 +151,61 @@ def test_batches_stop_early_and_change_nothing(name: str) -> None:
     assert [tile.layer for tile in seen.tiles] == [0, 1] * 5
 
 
+class Crossing(nn.Module):
+    """Attends from one query to all tokens, which is not self-attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x[:, None, :1], x[:, None], x[:, None])[:, 0]
+
+
+def test_other_attention_that_comes_in_later_is_refused() -> None:
+    class Later(nn.Module):
+        """Adds cross-attention where there are three images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.crossing, self.layer = nn.Conv2d(3, 16, 8, 8), Crossing(), Layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch_embed(x).flatten(2).mT
+            x = x + self.crossing(x) if len(x) == 3 else x
+            return x + self.layer(x)
+
+    measure = mean_attention_distance.observer(TokenGrid(3, 3, (8, 8), 0, False))
+    run(Later(), images(batch=4), batch_size=2).observe(measure)
+    assert measure.compute().num_images == 4
+    with pytest.raises(
+        InputError, match=r"Later attends differently in this batch.*'crossing': '1 query for 9 keys'.* skipped"
+    ):
+        run(Later(), images(batch=3), batch_size=3).observe(measure)
+
+
+@pytest.mark.parametrize("name", [name for name, one in measure_files().items() if one.takes_images])
+def test_a_run_that_was_complete_is_resumed(name: str, tmp_path: Path) -> None:
+    spec, x = registered()[name], images(batch=5)
+    assert spec.start is not None
+    tables = []
+    for _ in range(2):  # the second one finds all images done
+        attention = run(small_vit(), x, batch_size=5)
+        measure = spec.start(attention, **spec.options)
+        attention.observe(measure, state=tmp_path / "state")
+        tables.append(attention.result(measure).to_dataframe())
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_the_state_is_written_every_so_many_batches_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    def write(path: Path, identity: Any, state: Any) -> Path:
+        written.append(len(state.images["names"]))
+        return write_state(path, identity, state)
+
+    monkeypatch.setattr(vit_probe.runner.run, "write_state", write)
+    attention = run(small_vit(), images(batch=13), batch_size=2)
+    attention.observe(mean_attention_distance.observer(attention.grid), state=tmp_path / "state", every=2)
+    assert written == [4, 8, 12, 13]
+
+
 def test_attention_that_changes_from_batch_to_batch_is_refused() -> None:
     class Fickle(nn.Module):
         """Passes the images by its first layer where there are three of them."""
@@ -155,11 +219,11 @@ def test_attention_that_changes_from_batch_to_batch_is_refused() -> None:
             x = x if len(x) == 3 else x + self.first(x)
             return x + self.second(x)
 
-    measure = AttentionDistance(TokenGrid(3, 3, (8, 8), 0, False))
+    measure = mean_attention_distance.observer(TokenGrid(3, 3, (8, 8), 0, False))
     run(Fickle(), images(batch=4), batch_size=2).observe(measure)
     assert measure.compute().num_images == 4
     with pytest.raises(
-        InputError, match=r"Fickle attends otherwise in this batch than before: its layers were \['first', 'sec"
+        InputError, match=r"Fickle attends differently in this batch than before: its layers were \['first', 'sec"
     ):
         run(Fickle(), images(batch=3), batch_size=3).observe(measure)
 
@@ -193,8 +257,10 @@ def test_what_memory_does_not_hold_is_halved_and_said_once(error: RuntimeError) 
     model = Hungry(2, error)
     attention = run(model, x, batch_size=8)
     model.sizes.clear()
-    measures = [AttentionDistance(attention.grid), AttentionRollout(attention.grid)]
-    with pytest.warns(AssumptionWarning, match="memory does not hold 8 images; fewer are taken at once") as said:
+    measures = [mean_attention_distance.observer(attention.grid), AttentionRollout(attention.grid)]
+    with pytest.warns(
+        AssumptionWarning, match="out of memory with a batch of 8 images; continuing with smaller batches"
+    ) as said:
         attention.observe(*measures)
     assert len(said) == 1
     assert model.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
@@ -217,8 +283,8 @@ def test_what_is_put_off_to_the_end_of_a_batch_is_halved_too(monkeypatch: pytest
     monkeypatch.setattr(RightToLeft, "rows", hungry)
     monkeypatch.setattr("vit_probe.measures.rollout.cheapest_algorithm", lambda inputs: "recomputed")
     attention = run(small_vit(), x, batch_size=8)
-    distance, rollout = AttentionDistance(attention.grid), AttentionRollout(attention.grid)
-    with pytest.warns(AssumptionWarning, match="memory does not hold 8 images"):
+    distance, rollout = mean_attention_distance.observer(attention.grid), AttentionRollout(attention.grid)
+    with pytest.warns(AssumptionWarning, match="out of memory with a batch of 8 images"):
         attention.observe(distance, rollout)
     np.testing.assert_allclose(rollout.compute().maps, expected, rtol=1e-5)
     assert distance.compute().num_images == 8
@@ -229,7 +295,7 @@ def test_memory_that_does_not_hold_one_image_ends_the_run() -> None:
     attention = run(model, images())
     model.most = 0
     with pytest.warns(AssumptionWarning), pytest.raises(torch.OutOfMemoryError):
-        attention.observe(AttentionDistance(attention.grid))
+        attention.observe(mean_attention_distance.observer(attention.grid))
     with pytest.raises(torch.OutOfMemoryError):  # an observer that cannot take a batch back
         run(model, images()).observe(Assemble())
 
@@ -239,7 +305,7 @@ def test_other_errors_of_the_model_are_its_own() -> None:
     attention = run(model, images())
     model.most = 0
     with pytest.raises(RuntimeError, match="broken"):
-        attention.observe(AttentionDistance(attention.grid))
+        attention.observe(mean_attention_distance.observer(attention.grid))
 
 
 def test_progress_is_told_the_images_of_each_batch() -> None:
@@ -438,30 +504,33 @@ def test_provenance_of_a_model_of_transformers() -> None:
 
 def test_images_of_two_sizes() -> None:
     pictures = [images(24, 24), images(24, 36)]
-    with pytest.raises(InputError, match="images of 24 x 36 pixels follow ones of 24 x 24; measure one size at a time"):
+    with pytest.raises(
+        InputError,
+        match="got 24 x 36 pixels after 24 x 24; resize them, or measure one size at a time",
+    ):
         measured(small_vit(), pictures)
 
 
 def test_photographs_without_preprocessing(photographs: list[Image.Image]) -> None:
     for model in (small_vit(), FAMILIES["timm"].model()):
-        with pytest.raises(InputError, match=r"does not say how photographs are prepared.*pass preprocessing=Preprocessing"):
+        with pytest.raises(InputError, match=r"does not define how photographs are prepr.*; pass preprocessing=Preprocessing"):
             measured(model, photographs)
 
 
 def test_a_generator_is_spent_after_one_pass() -> None:
     attention = run(small_vit(), _batches(images(), 2))
-    attention.observe(measure := AttentionDistance(attention.grid))
+    attention.observe(measure := mean_attention_distance.observer(attention.grid))
     assert measure.compute().num_images == 3
-    attention.observe(again := AttentionDistance(attention.grid))
-    with pytest.raises(InputError, match="no attention has been measured yet"):
+    attention.observe(again := mean_attention_distance.observer(attention.grid))
+    with pytest.raises(InputError, match="no values of attention_distance have been measured yet"):
         again.compute()
 
 
 def test_a_grid_that_cannot_be_read() -> None:
-    with pytest.raises(InputError, match="cannot tell the patch size of Linear"):
+    with pytest.raises(InputError, match="cannot determine the patch size of Linear"):
         run(nn.Linear(2, 2), images())
     model = nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.GELU(), nn.Conv2d(16, 16, 4, 2, 1), Tokens())
-    with pytest.raises(InputError, match=r"cannot tell the patch size of Sequential.*pass grid=TokenGrid"):
+    with pytest.raises(InputError, match=r"cannot determine the patch size of Sequential.*pass grid=TokenGrid"):
         run(model, images())
     assert run(model, images(), grid=TokenGrid(6, 6, (4, 4), 0, False)).grid.rows == 6
 
@@ -474,7 +543,7 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("name", ["warp", "cuda:77", "meta:x"])
 def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(InputError, match=f"no device '{name}' can be used here .*choose auto, cpu, cuda or mps"):
+    with pytest.raises(InputError, match=f"device '{name}' is not available .*choose auto, cpu, cuda or mps"):
         AttentionRun(small_vit(), images(), device=name)
 
 

@@ -1,20 +1,21 @@
-"""TokenGrid and Windows: where patches lie; what a model tells of them."""
+"""TokenGrid, OffsetTable and Windows: where patches lie, functions of their offsets, and what a model says of its patches."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEModel
 
 from tests import reference
 from vit_probe import InputError, TokenGrid
-from vit_probe.tokens.grid import Windows, has_class_token, read_patch_size
+from vit_probe.tokens.grid import OffsetTable, Windows, has_class_token, read_patch_size
 
 grids = st.builds(
     TokenGrid,
@@ -24,6 +25,10 @@ grids = st.builds(
     num_prefix_tokens=st.integers(1, 5),
     has_cls_token=st.booleans(),
 )
+
+
+def distances_of(grid: TokenGrid) -> OffsetTable:
+    return OffsetTable(grid, torch.hypot)
 
 
 @given(grids)
@@ -38,15 +43,67 @@ def test_distances_are_those_between_centres(grid: TokenGrid, data: st.DataObjec
     stop = data.draw(st.none() | st.integers(start, grid.num_patches))
     centres = reference.patch_centres(grid.rows, grid.cols, *grid.patch_size)
     expected = np.linalg.norm(centres[start:stop, None] - centres, axis=-1)
-    distances = grid.distances(start, stop)
+    distances = distances_of(grid).rows(start, stop)
     assert distances.shape == expected.shape
     np.testing.assert_allclose(distances, expected, rtol=1e-6)
 
 
-def test_distances_are_the_callers_own() -> None:
-    grid = TokenGrid(2, 3, (8, 4), 1, True)
-    grid.distances().fill_(7)
-    assert grid.distances()[0].tolist() == [0, 4, 8, 8, pytest.approx(80**0.5), pytest.approx(128**0.5)]
+def signed(dx: Tensor, dy: Tensor) -> Tensor:
+    """A function that tells right from left, and x from y."""
+    return dx + 1000 * dy
+
+
+@given(grids, st.booleans())
+def test_offsets_run_from_query_to_key(grid: TokenGrid, in_patches: bool) -> None:
+    """Right and down are positive, in pixels or patches, in each way of reading the table."""
+    table = OffsetTable(grid, signed, in_patches=in_patches)
+    height, width = (1, 1) if in_patches else grid.patch_size
+    expected = np.zeros((grid.num_patches, grid.num_patches))
+    for query in range(grid.num_patches):
+        for key in range(grid.num_patches):
+            dy, dx = key // grid.cols - query // grid.cols, key % grid.cols - query % grid.cols
+            expected[query, key] = dx * width + 1000 * dy * height
+    np.testing.assert_allclose(table.rows(), expected, rtol=1e-6)
+    patches = torch.arange(grid.num_patches)
+    np.testing.assert_array_equal(table.pairs(patches.flip(0), patches), expected[::-1])
+    assert table.uniform() == pytest.approx(expected.mean(), abs=1e-6)
+
+
+def test_offsets_of_a_small_grid() -> None:
+    dx, dy = TokenGrid(2, 3, (8, 4), 1, True).offsets()
+    assert dx.tolist() == [[-8, -4, 0, 4, 8]] * 3
+    assert dy.tolist() == [[-8] * 5, [0] * 5, [8] * 5]
+    assert dx.dtype == dy.dtype == torch.float64
+
+
+def test_rows_are_the_callers_own() -> None:
+    table = distances_of(TokenGrid(2, 3, (8, 4), 1, True))
+    table.rows().fill_(7)
+    assert table.rows()[0].tolist() == [0, 4, 8, 8, pytest.approx(80**0.5), pytest.approx(128**0.5)]
+
+
+def test_a_constant_may_be_a_single_number() -> None:
+    table = OffsetTable(TokenGrid(2, 3, (8, 4), 1, True), lambda dx, dy: torch.tensor(3))
+    assert table.rows().tolist() == [[3.0] * 6] * 6
+    assert table.uniform() == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (lambda dx, dy: dx[0], r"tensor of shape \(3, 5\); got a tensor of shape \(5,\)"),
+        (lambda dx, dy: dx.sum(dim=0, keepdim=True), r"tensor of shape \(3, 5\); got a tensor of shape \(1, 5\)"),
+        (lambda dx, dy: torch.stack([dx, dy]), r"got a tensor of shape \(2, 3, 5\)"),
+        (lambda dx, dy: dx / dx, r"got a tensor of shape \(3, 5\) with numbers that are not finite"),
+        (lambda dx, dy: torch.tensor(torch.inf), r"got a tensor of shape \(\)"),
+        (lambda dx, dy: 1.0, "got a float"),
+        (lambda dx, dy: None, "got a NoneType"),
+        (lambda dx, dy: dx.numpy(), "got a ndarray"),
+    ],
+)
+def test_functions_that_do_not_return_one_number_per_offset(function: Any, got: str) -> None:
+    with pytest.raises(InputError, match=f"must return one finite number per offset, a .*{got}"):
+        OffsetTable(TokenGrid(2, 3, (8, 4), 1, True), function)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 15), (1, 2), (4, 6), (3, 12), (4, 13), (14, 15), (5, 5), (-4, -1)])
@@ -57,7 +114,7 @@ def test_distances_written_to_memory(rows: int, cols: int, start: int, stop: int
     memory = torch.full((17, 15), torch.nan, dtype=dtype)
     length = len(range(15)[start:stop])
     out = memory[1 : 1 + length]
-    assert grid.distances(start, stop, out=out) is out
+    assert distances_of(grid).rows(start, stop, out=out) is out
     centres = reference.patch_centres(rows, cols, 8, 6)
     np.testing.assert_allclose(out, np.linalg.norm(centres[start:stop, None] - centres, axis=-1), rtol=1e-6)
     assert memory[0].isnan().all()
@@ -92,29 +149,34 @@ def test_distances_within_windows() -> None:
         [[0, 4, 8, far], [4, 0, far, 8], [8, far, 0, 4], [far, 8, 4, 0]],
         [[0, 0, 8, 0], [0, 0, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]],
     ]
-    distances = WINDOWS.distances()
+    table = distances_of(WINDOWS.grid)
+    distances = WINDOWS.pairs(table)
     is_patch = WINDOWS.is_patch
     assert is_patch.tolist() == [[True] * 4, [True, False, True, False]]
     np.testing.assert_allclose(distances * is_patch[:, :, None], expected)
-    np.testing.assert_array_equal(WINDOWS.distances(torch.tensor([1, 0, 1]), slice(1, 3)), distances[[1, 0, 1], 1:3])
+    some = WINDOWS.pairs(table, torch.tensor([1, 0, 1]), slice(1, 3))
+    np.testing.assert_array_equal(some, distances[[1, 0, 1], 1:3])
 
 
 def test_uniform_attention_within_windows() -> None:
     far = (64 + 16) ** 0.5
-    assert WINDOWS.uniform_distance() == pytest.approx((4 * (4 + 8 + far) / 4 + 2 * 8 / 2) / 6)
+    table = distances_of(WINDOWS.grid)
+    assert WINDOWS.uniform(table) == pytest.approx((4 * (4 + 8 + far) / 4 + 2 * 8 / 2) / 6)
     masked = torch.zeros(2, 4, 4, dtype=torch.bool)
-    masked[0, :2, 2:] = masked[0, 2:, :2] = True  # the upper row and the lower one do not see each other
-    assert replace(WINDOWS, masked_pairs=masked).uniform_distance() == pytest.approx((4 * 4 / 2 + 2 * 8 / 2) / 6)
+    masked[0, :2, 2:] = masked[0, 2:, :2] = True  # upper and lower row are hidden from each other
+    assert replace(WINDOWS, masked_pairs=masked).uniform(table) == pytest.approx((4 * 4 / 2 + 2 * 8 / 2) / 6)
 
 
 def test_one_window_over_all_is_the_grid() -> None:
     grid = TokenGrid(3, 4, (8, 6), 0, False)
     windows = Windows(grid, torch.arange(12)[None])
-    assert windows.uniform_distance() == pytest.approx(grid.uniform_distance())
-    np.testing.assert_allclose(windows.distances()[0], grid.distances(), rtol=1e-6)
+    table = distances_of(grid)
+    assert windows.uniform(table) == pytest.approx(grid.uniform_distance())
+    np.testing.assert_allclose(windows.pairs(table)[0], table.rows(), rtol=1e-6)
+    np.testing.assert_array_equal(windows.pairs(table, slice(None), slice(3, 7))[0], table.rows(3, 7))
 
 
-# What the model tells
+# What a model says of its patches
 
 
 @pytest.mark.parametrize(
@@ -138,7 +200,7 @@ def test_names_of_class_tokens(name: str, is_one: bool) -> None:
 def test_patch_size_from_the_convolution_that_sees_the_image() -> None:
     assert read_patch_size(nn.Sequential(nn.Conv2d(3, 8, (4, 6), (4, 6)), nn.Conv2d(8, 8, 2, 2))) == (4, 6)
     for first in (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 8, 1)):
-        with pytest.raises(InputError, match=r"its first convolution is not one whose stride equals its kernel; pass grid"):
+        with pytest.raises(InputError, match=r"no first convolution whose stride equals its kernel; pass grid"):
             read_patch_size(nn.Sequential(first, nn.Conv2d(8, 8, 7, 7)))
 
 
@@ -146,7 +208,7 @@ def test_patch_size_from_the_convolution_that_sees_the_image() -> None:
 
 
 def test_a_model_without_patches_cannot_be_read() -> None:
-    with pytest.raises(InputError, match=r"cannot tell the patch size of Linear.*pass grid=TokenGrid"):
+    with pytest.raises(InputError, match=r"cannot determine the patch size of Linear.*pass grid=TokenGrid"):
         read_patch_size(nn.Linear(2, 2))
 
 

@@ -1,4 +1,4 @@
-"""Hidden tokens: what the blocks of every family pass on, seen in the pass that shows attention."""
+"""token_hooks: the patch tokens after every block, in the forward pass in which attention is observed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.attention.test_hooks import leaves_nothing
 from tests.example_models import FAMILIES, Family, Hungry, branches_side_by_side, images, small_vit, swin
 from tests.families.timm import sam as timm_sam
 from tests.families.timm import swin as timm_swin
-from tests.runner.test_distributed import ends, start
-from tests.tokens.test_patch_tokens import TokenFirst
-from vit_probe import InputError
+from tests.runner.test_distributed import start, wait_for
+from tests.tokens.test_patch_tokens import SeqFirst
+from vit_probe import InputError, mean_attention_distance
 from vit_probe.errors import AssumptionWarning
-from vit_probe.measures import AttentionDistance, AttentionRollout
 from vit_probe.measures.base.hidden_states import HiddenStateMeasure
 from vit_probe.measures.representation_similarity import RepresentationSimilarity
+from vit_probe.measures.rollout import AttentionRollout
 from vit_probe.measures.token_norms import TokenNorms
 from vit_probe.runner.protocol import Measure
 from vit_probe.runner.run import AttentionRun
@@ -33,7 +33,7 @@ from vit_probe.tokens.locate import locate_tokens
 
 
 class Tokens:
-    """Keeps the tokens of every layer of all images, and in which order they came."""
+    """Records the tokens of every layer of all images, and the order of the layers."""
 
     def __init__(self) -> None:
         self.layers: dict[int, list[np.ndarray]] = {}
@@ -56,10 +56,12 @@ def run(model: nn.Module, x: Any, **options: Any) -> AttentionRun:
 
 
 def literal(name: str, model: Any, x: Tensor) -> list[Tensor]:
-    """All tokens after each block, by the library's own means, or block after block by hand."""
+    """All tokens after each block, from the library itself or by calling block after block."""
     if name.startswith("timm"):
-        found = model.forward_intermediates(x, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True)
-        return [torch.cat([prefix, patches], dim=1) for patches, prefix in found] if isinstance(found[0], tuple) else found
+        passed = model.forward_intermediates(
+            x, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+        )
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in passed] if isinstance(passed[0], tuple) else passed
     if name.startswith("transformers"):
         return list(model(x, output_hidden_states=True).hidden_states[1:])
     passed = []
@@ -85,14 +87,14 @@ def test_tokens_of_every_family(name: str) -> None:
         expected = literal(name, model, x)
     assert len(expected) == 2
     assert float((expected[0] - expected[1]).abs().mean()) > 0.05
-    model = family.model()  # without what a library hangs up to give such output
+    model = family.model()  # without the hooks that a library sets to return such output
     attention = run(model, x, batch_size=2)
     with leaves_nothing(model):
-        attention.observe(seen := Tokens())
-    assert seen.order == [0, 1] * 3
+        attention.observe(recorded := Tokens())
+    assert recorded.order == [0, 1] * 3
     for layer, tokens in enumerate(expected):
         patches = tokens[:, -family.grid.num_patches :].numpy()
-        np.testing.assert_allclose(seen.of(layer), patches, rtol=0, atol=1e-5 * np.abs(patches).max())
+        np.testing.assert_allclose(recorded.of(layer), patches, rtol=0, atol=1e-5 * np.abs(patches).max())
 
 
 @pytest.mark.parametrize(("build", "size", "lasts"), [(timm_sam, (40, 56), [0, 1, 2]), (timm_swin, (28, 44), [1, 3])])
@@ -104,9 +106,9 @@ def test_layers_with_windows_or_merged_patches(
     model, x = build(size).eval(), images(*size)
     with torch.no_grad():
         maps = model.forward_intermediates(x, norm=False, output_fmt="NCHW", intermediates_only=True)
-    run(model, x).observe(seen := Tokens())
+    run(model, x).observe(recorded := Tokens())
     for layer, expected in zip(lasts, maps, strict=True):
-        np.testing.assert_allclose(seen.of(layer), expected.flatten(2).mT.numpy(), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(recorded.of(layer), expected.flatten(2).mT.numpy(), rtol=0, atol=1e-5)
 
 
 def test_merged_patches_of_transformers() -> None:
@@ -118,38 +120,38 @@ def test_merged_patches_of_transformers() -> None:
     with torch.no_grad():
         model(x)
     expected = [output[0] if isinstance(output, tuple) else output for output in passed]
-    run(model, x).observe(seen := Tokens())
-    assert [seen.of(layer).shape[1] for layer in range(4)] == [144, 144, 36, 36]
+    run(model, x).observe(recorded := Tokens())
+    assert [recorded.of(layer).shape[1] for layer in range(4)] == [144, 144, 36, 36]
     for layer, tokens in enumerate(expected):
-        np.testing.assert_allclose(seen.of(layer), tokens.numpy(), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(recorded.of(layer), tokens.numpy(), rtol=0, atol=1e-5)
 
 
 def test_tokens_before_images() -> None:
-    """In batches of as many images as there are tokens, too, nine, whose shape does not tell which come first."""
+    """Also if a batch has as many images as there are tokens (nine), so that the shape does not tell which come first."""
     torch.manual_seed(0)
-    model, x = TokenFirst().eval(), images(batch=20)
+    model, x = SeqFirst().eval(), images(batch=20)
     with torch.no_grad():
         expected = model(x).transpose(0, 1)
-    run(model, x, batch_size=9).observe(seen := Tokens())
-    np.testing.assert_allclose(seen.of(1), expected.numpy(), rtol=0, atol=1e-5)
+    run(model, x, batch_size=9).observe(recorded := Tokens())
+    np.testing.assert_allclose(recorded.of(1), expected.numpy(), rtol=0, atol=1e-5)
 
 
-# One pass for attention and tokens, and no further than it must
+# One pass for attention and tokens, which ends as early as it can
 
 
 def test_tokens_and_attention_in_one_pass() -> None:
     model, x = small_vit(depth=3), images(batch=5)
-    alone = AttentionDistance(model.token_grid(24, 24))
+    alone = mean_attention_distance.observer(model.token_grid(24, 24))
     run(model, x, batch_size=2).observe(alone)
     attention = run(model, x, batch_size=2)
     calls = {"first": 0, "last": 0, "norm": 0}
     for name, module in (("first", model.blocks[0]), ("last", model.blocks[2].mlp), ("norm", model.norm)):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    beside = AttentionDistance(attention.grid)
-    attention.observe(beside, seen := Tokens())
+    beside = mean_attention_distance.observer(attention.grid)
+    attention.observe(beside, recorded := Tokens())
     assert calls == {"first": 3, "last": 3, "norm": 0}
     np.testing.assert_allclose(beside.compute().distance, alone.compute().distance, rtol=1e-6)
-    assert seen.of(2).shape == (5, 12, 16)
+    assert recorded.of(2).shape == (5, 12, 16)
 
 
 def test_without_other_measures_no_attention_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,23 +166,23 @@ def test_measures_of_tokens_are_measures() -> None:
     measure = TokenNorms(["blocks.0.attn"])
     assert isinstance(measure, TokenObserver)
     assert isinstance(measure, Measure)
-    assert not isinstance(AttentionDistance(small_vit().token_grid(24, 24)), TokenObserver)
+    assert not isinstance(mean_attention_distance.observer(small_vit().token_grid(24, 24)), TokenObserver)
 
 
 def test_training_mode_and_gradients_are_left_alone() -> None:
     model, x = small_vit(dropout=0.5).train(), images()
     first, again = Tokens(), Tokens()
-    for seen in (first, again):
-        run(model, x).observe(seen)
+    for recorded in (first, again):
+        run(model, x).observe(recorded)
     np.testing.assert_array_equal(first.of(1), again.of(1))
     assert model.training
 
 
-def test_models_of_half_precision_and_compiled_ones() -> None:
+def test_half_precision_and_compiled_models() -> None:
     model, x = small_vit(), images()
     run(model, x).observe(expected := Tokens())
-    run(torch.compile(model, backend="eager"), x).observe(seen := Tokens())
-    np.testing.assert_allclose(seen.of(1), expected.of(1), rtol=0, atol=1e-5)
+    run(torch.compile(model, backend="eager"), x).observe(recorded := Tokens())
+    np.testing.assert_allclose(recorded.of(1), expected.of(1), rtol=0, atol=1e-5)
     torch.compiler.reset()
     attention = run(model.to(torch.bfloat16), x)
     attention.observe(measure := TokenNorms(attention.layers))
@@ -191,38 +193,42 @@ def test_models_of_half_precision_and_compiled_ones() -> None:
 # Memory, interruptions, processes
 
 
-def test_no_fewer_images_at_once_than_a_measure_needs() -> None:
-    """As long as memory holds so many; else the others go on, and nothing is left but to end where there are none."""
+def test_batches_are_not_split_below_what_a_measure_needs() -> None:
+    """Unless even that runs out of memory: then the other measures continue, or the run ends if there are none."""
     x = images(batch=21)
     model = Hungry(5)
     attention = run(model, x, batch_size=9)
     model.sizes.clear()
     norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
-    with pytest.warns(AssumptionWarning, match="memory does not hold 9 images"):
+    with pytest.warns(AssumptionWarning, match="out of memory with a batch of 9 images"):
         attention.observe(norms, similarity)
-    assert model.sizes == [9, 5, 4, 5, 4, 3]  # pieces of equal size, lest the rest be too small
-    found = similarity.compute()
-    assert (found.num_images, found.num_left_out, norms.compute().num_images) == (18, 3, 21)
+    assert model.sizes == [9, 5, 4, 5, 4, 3]  # pieces of equal size, so that the last one is not too small
+    result = similarity.compute()
+    assert (result.num_images, result.num_left_out, norms.compute().num_images) == (18, 3, 21)
 
     model = Hungry(3)
     attention = run(model, x, batch_size=9)
     norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
-    with pytest.warns(AssumptionWarning, match="memory does not hold 4 images; what is measured in batches of 4 or more cann"):
+    with pytest.warns(
+        AssumptionWarning, match="out of memory with a batch of 4 images; measures that need at least 4 images per batch"
+    ):
         attention.observe(norms, similarity)
     assert norms.compute().num_images == 21
     with pytest.raises(InputError, match="21 images came in smaller ones"):
         similarity.compute()
 
     model.sizes.clear()
-    message = "memory does not hold 4 images, and what is measured needs batches of 4 or more; choose a device with more"
+    message = (
+        "out of memory with a batch of 4 images, but every measure needs at least 4 images per batch; use a device with more"
+    )
     with pytest.raises(InputError, match=message):
         run(model, x, batch_size=4).observe(RepresentationSimilarity(attention.layers))
     assert model.sizes[-1] == 4
     attention.observe()  # nothing
 
 
-def test_halved_interrupted_and_gone_on_with(tmp_path: Path) -> None:
-    """The pieces are those of a run that was not interrupted: which images come together matters to the similarity."""
+def test_split_interrupted_and_resumed(tmp_path: Path) -> None:
+    """Batches are split as in a run that was not interrupted, since the similarity depends on the batches."""
     x, state = list(images(batch=48).split([13, 9, 13, 13])), tmp_path / "state"
 
     def stop(count: int) -> None:
@@ -244,12 +250,12 @@ def measured(model: nn.Module, x: Any, **options: Any) -> np.ndarray:
     return measure.state()["counts"]
 
 
-def test_what_memory_does_not_hold_is_halved() -> None:
+def test_batches_that_run_out_of_memory_are_split() -> None:
     x, model = images(batch=19), Hungry(2)
     attention = run(model, x, batch_size=8)
     model.sizes.clear()
     norms, rollout = TokenNorms(attention.layers), AttentionRollout(attention.grid)
-    with pytest.warns(AssumptionWarning, match="memory does not hold 8 images"):
+    with pytest.warns(AssumptionWarning, match="out of memory with a batch of 8 images"):
         attention.observe(rollout, norms)
     assert model.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
     assert norms.compute().num_images == 19
@@ -257,24 +263,24 @@ def test_what_memory_does_not_hold_is_halved() -> None:
     assert rollout.compute().maps.shape[0] == 19
 
 
-def test_interrupted_and_gone_on_with(tmp_path: Path) -> None:
+def test_interrupted_and_resumed(tmp_path: Path) -> None:
     x, state = images(batch=11), tmp_path / "state"
 
     class Interrupts:
-        told = 0
+        total = 0
 
         def __call__(self, count: int) -> None:
-            self.told += count
-            if self.told == 6:
+            self.total += count
+            if self.total == 6:
                 raise KeyboardInterrupt
 
     first = run(small_vit(), x, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         first.observe(TokenNorms(first.layers), progress=Interrupts(), state=state, every=1)
     again = run(small_vit(), x, batch_size=2)
-    told: list[int] = []
-    again.observe(measure := TokenNorms(again.layers), progress=told.append, state=state)
-    assert told[0] == 4
+    counts: list[int] = []
+    again.observe(measure := TokenNorms(again.layers), progress=counts.append, state=state)
+    assert counts[0] == 4
     np.testing.assert_array_equal(measure.state()["counts"], measured(small_vit(), x, batch_size=2))
     assert measure.compute().num_images == 11
 
@@ -287,29 +293,29 @@ torch.set_num_threads(1)
 from tests.example_models import images, small_vit
 from vit_probe.measures.representation_similarity import RepresentationSimilarity
 from vit_probe.measures.token_norms import TokenNorms
-from vit_probe.runner.distributed import Processes
+from vit_probe.runner.distributed import ProcessGroup
 from vit_probe.runner.run import AttentionRun
-processes = Processes.from_env()
+processes = ProcessGroup.from_env()
 attention = AttentionRun(small_vit(), images(batch=13), batch_size=4, device="cpu", processes=processes)
 norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers, keep=True)
 attention.observe(norms, similarity)
 if processes.is_main:
     np.savez(sys.argv[1], counts=norms.state()["counts"], similarity=similarity.compute().similarity)
-processes.leave()
+processes.destroy()
 """
 
 
 def test_two_processes_share_the_images(tmp_path: Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     others = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    started = [start(tmp_path, sys.executable, "-c", SHARE, tmp_path / "found.npz", RANK=rank, **others) for rank in range(2)]
-    assert [(end.code, end.err) for end in ends(*started)] == [(0, "")] * 2
-    together = np.load(tmp_path / "found.npz")
+    started = [start(tmp_path, sys.executable, "-c", SHARE, tmp_path / "shared.npz", RANK=rank, **others) for rank in range(2)]
+    assert [(end.code, end.err) for end in wait_for(*started)] == [(0, "")] * 2
+    together = np.load(tmp_path / "shared.npz")
     x = images(batch=13)
     assert np.abs(together["counts"] - measured(small_vit(), x)).sum() <= 4
-    shares = [x[0::2][:4], x[1::2][:4]]  # what else there is comes in batches of 3 and 2
+    shares = [x[0::2][:4], x[1::2][:4]]  # the remaining images come in batches of 3 and 2
     attention = run(small_vit(), shares)
     attention.observe(expected := RepresentationSimilarity(attention.layers))
     np.testing.assert_allclose(together["similarity"], expected.compute().similarity, atol=1e-6)
@@ -323,7 +329,7 @@ class Fails(Tokens):
         raise RuntimeError("broken")
 
 
-def test_every_trace_is_gone_after_an_error() -> None:
+def test_all_hooks_are_removed_after_an_error() -> None:
     model = small_vit()
     attention = run(model, images())
     with leaves_nothing(model), pytest.raises(RuntimeError, match="broken"):
@@ -336,7 +342,7 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """Patches, and blocks that a subclass calls."""
+    """A patch embedding, and blocks that a subclass calls."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
@@ -368,27 +374,27 @@ class Direct(Model):
         (Shared(Attention()), r"layer 0 \(blocks.0\) of Shared has no block of its own"),
         (
             Beside(Attention(), Attention()),
-            "the block around blocks.1 does not take the tokens from the block before it; ",
+            "the block around blocks.1 does not take the tokens from the block before it, so ",
         ),
         (Direct(Attention(), nn.ModuleList([nn.Identity(), Attention()])), "the block around blocks.1.1 does not take the tok"),
         (
             Direct(Attention(), nn.Sequential(nn.Identity(), Attention())),
-            "Direct passes its images by the block around blocks.1.1, or calls it in its own way",
+            "Direct does not call the block around blocks.1.1 as a module",
         ),
     ],
 )
-def test_blocks_that_do_not_show_what_passes(model: nn.Module, message: str) -> None:
+def test_blocks_whose_outputs_are_not_the_tokens(model: nn.Module, message: str) -> None:
     attention = run(model, images())
     with leaves_nothing(model), pytest.raises(InputError, match=message):
         attention.observe(Tokens())
 
 
-def test_branches_side_by_side_of_timm() -> None:
+def test_parallel_branches_of_timm() -> None:
     with pytest.raises(InputError, match=r"the block around blocks.0.attns.1.attn does not take the tokens from the block"):
         run(branches_side_by_side(), images()).observe(Tokens())
 
 
-def test_blocks_that_pass_on_something_else() -> None:
+def test_blocks_that_return_something_else() -> None:
     class Summed(Model):
         def through(self, x: Tensor) -> Tensor:
             return self.blocks[0](x)
@@ -401,12 +407,12 @@ def test_blocks_that_pass_on_something_else() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.attn(x).sum(1)
 
-    with pytest.raises(InputError, match=r"the block around blocks.0.attn passes on a tensor of shape \(3, 16\), which d"):
+    with pytest.raises(InputError, match=r"the block around blocks.0.attn returns a tensor of shape \(3, 16\), which d"):
         run(Summed(Sum()), images()).observe(Tokens())
 
 
-def test_nothing_is_done_without_observers() -> None:
-    model = Shared(Attention())  # whose blocks cannot be told apart
+def test_nothing_is_hooked_without_observers() -> None:
+    model = Shared(Attention())  # whose layers share one block
     with token_hooks(model, locate_tokens(model, 24, 24), []):
         model(images())
 
@@ -414,7 +420,7 @@ def test_nothing_is_done_without_observers() -> None:
 class Counts(HiddenStateMeasure):
     """The sum over a layer's tokens."""
 
-    what = "sums"
+    display_name = "sums"
     options: dict[str, Any] = {}  # noqa: RUF012
     total = 0.0
 
@@ -425,7 +431,7 @@ class Counts(HiddenStateMeasure):
         self.total += float(np.sum(batch)) * images
 
 
-def test_layers_come_in_order_and_count_when_all_have_come() -> None:
+def test_layers_come_in_order_and_count_when_the_batch_is_complete() -> None:
     measure = Counts(["a", "b"])
     measure.begin_batch()
     measure.update_tokens(0, torch.ones(2, 3, 4))

@@ -1,4 +1,4 @@
-"""survey: where the tokens of a model lie, as the model itself shows; never a wrong grid in silence."""
+"""locate_tokens: where the tokens of a model lie; a wrong grid is never returned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.attention.test_hooks import leaves_nothing
 from tests.example_models import FAMILIES, Encoder, images, small_vit, transformers_vit
 from vit_probe import InputError, TokenGrid, attention_hooks
 from vit_probe.models.config import ResNetConfig
-from vit_probe.tokens.locate import find_token_grid, locate_tokens
+from vit_probe.tokens.locate import locate_tokens
 
 # Attention over the whole image
 
@@ -31,14 +31,14 @@ from vit_probe.tokens.locate import find_token_grid, locate_tokens
 )
 def test_grid_of_our_own_model(options: dict, prefix: int, has_cls: bool) -> None:
     model = small_vit(**options)
-    assert find_token_grid(model, 24, 24) == TokenGrid(3, 4, (8, 6), prefix, has_cls)
-    assert find_token_grid(model, 40, 12) == TokenGrid(5, 2, (8, 6), prefix, has_cls)
+    assert locate_tokens(model, 24, 24).grid == TokenGrid(3, 4, (8, 6), prefix, has_cls)
+    assert locate_tokens(model, 40, 12).grid == TokenGrid(5, 2, (8, 6), prefix, has_cls)
 
 
 def test_grid_of_our_own_hybrid_counts_the_stems_stride() -> None:
     model = small_vit(image_size=(32, 64), patch_size=(2, 1), stem=ResNetConfig(layers=(1, 1), width=32))
-    assert find_token_grid(model, 32, 64) == TokenGrid(2, 8, (16, 8), 1, True)
-    with attention_hooks(model, Checks(find_token_grid(model, 32, 64))):
+    assert locate_tokens(model, 32, 64).grid == TokenGrid(2, 8, (16, 8), 1, True)
+    with attention_hooks(model, Checks(locate_tokens(model, 32, 64).grid)):
         model(images(32, 64, batch=1))
 
 
@@ -56,7 +56,7 @@ class Checks:
 def test_grid_of_every_family(name: str) -> None:
     family = FAMILIES[name]
     model = family.model()
-    grid = find_token_grid(model, *family.size)
+    grid = locate_tokens(model, *family.size).grid
     assert grid == family.grid
     with attention_hooks(model, Checks(grid)):
         model(family.images(1))
@@ -92,20 +92,20 @@ def _timm(name: str, **options) -> nn.Module:
 )
 def test_grid_of_other_models(build, size: tuple[int, int], grid: TokenGrid) -> None:
     model = build().eval()
-    assert find_token_grid(model, *size) == grid
+    assert locate_tokens(model, *size).grid == grid
     with attention_hooks(model, Checks(grid)):
         model(images(*size, batch=1))
 
 
-def test_layers_and_what_was_skipped() -> None:
-    found = locate_tokens(FAMILIES["transformers-siglip"].model(), 32, 32)
-    assert found.layers == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
-    assert found.skipped == {"head.attention": "1 query for 16 keys"}
-    assert found.windows == {}
+def test_layers_and_skipped_attention() -> None:
+    layout = locate_tokens(FAMILIES["transformers-siglip"].model(), 32, 32)
+    assert layout.layers == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    assert layout.skipped == {"head.attention": "1 query for 16 keys"}
+    assert layout.windows == {}
 
 
-def test_pixels_that_do_not_fill_a_patch_are_left_over() -> None:
-    assert find_token_grid(Encoder(), 35, 55) == TokenGrid(4, 6, (8, 8), 0, False)
+def test_pixels_that_do_not_fill_a_patch_are_left_out() -> None:
+    assert locate_tokens(Encoder(), 35, 55).grid == TokenGrid(4, 6, (8, 8), 0, False)
 
 
 def test_pixels_that_are_padded_to_a_patch() -> None:
@@ -113,14 +113,14 @@ def test_pixels_that_are_padded_to_a_patch() -> None:
 
     sizes = dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     model = VisionTransformer(**sizes, dynamic_img_size=True, dynamic_img_pad=True)
-    assert find_token_grid(model, 35, 55) == TokenGrid(5, 7, (8, 8), 1, True)
+    assert locate_tokens(model, 35, 55).grid == TokenGrid(5, 7, (8, 8), 1, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_models_of_another_precision(dtype: torch.dtype) -> None:
     for name in ("timm-dinov3", "ours"):
         family = FAMILIES[name]
-        assert find_token_grid(family.model().to(dtype), *family.size) == family.grid
+        assert locate_tokens(family.model().to(dtype), *family.size).grid == family.grid
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -178,33 +178,73 @@ def _padded(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("arrange", [_blocks, _strided, _shifted, _padded])
 def test_windows_of_any_arrangement(arrange: Callable[[Tensor], Tensor]) -> None:
-    found = locate_tokens(Windowed(arrange), 16, 24)
-    assert found.grid == TokenGrid(4, 6, (4, 4), 0, False)
-    assert list(found.windows) == [0]
+    layout = locate_tokens(Windowed(arrange), 16, 24)
+    assert layout.grid == TokenGrid(4, 6, (4, 4), 0, False)
+    assert list(layout.windows) == [0]
+    assert layout.grid_of(0) == layout.grid_of(1) == layout.grid
     expected = arrange(1 + torch.arange(24.0).view(1, 4, 6, 1))[0, :, :, 0].long() - 1
-    assert found.windows[0].grid == found.grid
-    np.testing.assert_array_equal(found.windows[0].patches, expected)
+    assert layout.windows[0].grid == layout.grid
+    np.testing.assert_array_equal(layout.windows[0].patches, expected)
 
 
-def test_windows_of_different_images_in_turn_are_refused() -> None:
-    with pytest.raises(InputError, match="Windowed mixes the windows or heads of different images, which cannot be told apart"):
+def test_windows_ordered_by_window_before_image_raise() -> None:
+    with pytest.raises(InputError, match=r"Windowed mixes the windows or heads of different images: .* cannot be told apart"):
         locate_tokens(Windowed(_blocks, window_major=True), 16, 24)
 
 
-def test_windows_that_cannot_be_placed_are_refused() -> None:
+def test_windows_that_cannot_be_placed_raise() -> None:
     with pytest.raises(
-        InputError, match=r"layer 0 \(the model itself\) attends over 4 windows of 6 tokens whose places .* cannot be told"
+        InputError,
+        match=r"layer 0 \(the model itself\) attends over 4 windows of 6 tokens whose positions .* cannot be determined",
     ):
         locate_tokens(Windowed(_blocks, mixes=True), 16, 24)
 
 
-# Attention that is hidden, or no self-attention
+# Stems that mix neighbouring patches
+
+
+class Mixing(nn.Module):
+    """A stem in which every patch depends on its neighbours; `arrange` orders the rows and columns of the tokens."""
+
+    def __init__(self, arrange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embed, self.mix = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 3, padding=1)
+        self.arrange = arrange
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.arrange(self.mix(self.patch_embed(x))).flatten(2).mT[:, None]
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_patches_in_order_behind_a_stem_that_mixes_them() -> None:
+    assert locate_tokens(Mixing(lambda x: x), 32, 32).grid == TokenGrid(8, 8, (4, 4), 0, False)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda x: x.flip(2),
+        lambda x: x.flip(3),
+        lambda x: x.rot90(1, (2, 3)),
+        lambda x: x.rot90(2, (2, 3)),
+        lambda x: x.roll((4, 4), (2, 3)),
+    ],
+    ids=["upside down", "mirrored", "rotated", "rotated twice", "shifted"],
+)
+def test_patches_in_another_order_behind_a_stem_that_mixes_them_raise(arrange: Callable[[Tensor], Tensor]) -> None:
+    """Most patches are then between a third of the grid's side and all of it away from their places."""
+    with pytest.raises(InputError, match="does not order its tokens as"):
+        locate_tokens(Mixing(arrange), 32, 32)
+
+
+# Attention that is not captured, or not self-attention
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", ["unfused", "traced"])
-def test_a_layer_that_cannot_be_seen_among_others_that_can(block: int, how: str) -> None:
+def test_a_layer_that_cannot_be_captured_among_others_that_can(block: int, how: str) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2).eval()
@@ -212,7 +252,9 @@ def test_a_layer_that_cannot_be_seen_among_others_that_can(block: int, how: str)
         model.blocks[block].attn.fused_attn = False
     else:
         model.blocks[block] = torch.jit.trace(model.blocks[block], torch.randn(1, 17, 16))
-    match = rf"attention of 1 module.* of VisionTransformer cannot be seen \(blocks.{block}.*though that of 2 layers can"
+    match = (
+        rf"attention of 1 module.* of VisionTransformer could not be captured \(blocks.{block}.*though that of 2 layers could"
+    )
     with leaves_nothing(model), pytest.raises(InputError, match=match):
         locate_tokens(model, 32, 32)
     with pytest.raises(InputError, match=match), attention_hooks(model):
@@ -226,7 +268,7 @@ class Core(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def test_keys_of_other_places_are_no_self_attention() -> None:
+def test_keys_of_other_patches_are_not_self_attention() -> None:
     class Crossed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -237,11 +279,11 @@ def test_keys_of_other_places_are_no_self_attention() -> None:
             x = x + self.core(x, x, x)
             return x + self.other(x, y, y)
 
-    with pytest.raises(InputError, match=r"layer 1 \(other\) is no self-attention, though it has as many keys as queries"):
+    with pytest.raises(InputError, match=r"layer 1 \(other\) is not self-attention, though it has as many keys as queries"):
         locate_tokens(Crossed(), 16, 24)
 
 
-def test_heads_before_images_are_refused() -> None:
+def test_heads_ordered_before_images_raise() -> None:
     class HeadsFirst(nn.Module):
         def __init__(self, *, heads_first: bool) -> None:
             super().__init__()
@@ -252,9 +294,9 @@ def test_heads_before_images_are_refused() -> None:
             x = (x.transpose(0, 1) if self.heads_first else x).flatten(0, 1)
             return F.scaled_dot_product_attention(x, x, x)
 
-    assert find_token_grid(HeadsFirst(heads_first=False), 16, 24) == TokenGrid(4, 6, (4, 4), 0, False)
+    assert locate_tokens(HeadsFirst(heads_first=False), 16, 24).grid == TokenGrid(4, 6, (4, 4), 0, False)
     with pytest.raises(InputError, match="mixes the windows or heads of different images"):
-        find_token_grid(HeadsFirst(heads_first=True), 16, 24)
+        locate_tokens(HeadsFirst(heads_first=True), 16, 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -263,7 +305,7 @@ def test_another_default_type(dtype: torch.dtype) -> None:
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        assert find_token_grid(model, 24, 24) == TokenGrid(3, 4, (8, 6), 1, True)
+        assert locate_tokens(model, 24, 24).grid == TokenGrid(3, 4, (8, 6), 1, True)
     finally:
         torch.set_default_dtype(before)
 
@@ -273,7 +315,7 @@ def test_another_default_type(dtype: torch.dtype) -> None:
 
 def test_an_image_that_does_not_divide() -> None:
     with pytest.raises(InputError, match="25 x 24 pixels does not divide into patches of 8 x 6"):
-        find_token_grid(small_vit(), 25, 24)
+        locate_tokens(small_vit(), 25, 24)
 
 
 def test_images_that_the_model_does_not_take() -> None:
@@ -288,7 +330,7 @@ def test_images_that_the_model_does_not_take() -> None:
 def test_a_grid_that_was_given_is_checked() -> None:
     model = small_vit()
     for grid, message in {
-        TokenGrid(4, 3, (8, 6), 1, True): r"does not have its tokens as .* says",
+        TokenGrid(4, 3, (8, 6), 1, True): r"does not order its tokens as .* says",
         TokenGrid(2, 6, (8, 6), 1, True): r"make 3 x 4 patches, which .* does not fit",
         TokenGrid(3, 4, (8, 6), 2, True): r"makes 13 tokens of images of 24 x 24 pixels, 12 of which depend .* accounts for 14",
         TokenGrid(3, 4, (8, 6), 0, False): r"makes 13 tokens .* accounts for 12",
@@ -298,7 +340,7 @@ def test_a_grid_that_was_given_is_checked() -> None:
     assert locate_tokens(model, 24, 24, grid=TokenGrid(3, 4, (8, 6), 1, False)).grid.has_cls_token is False
 
 
-def test_attention_that_is_not_seen() -> None:
+def test_attention_that_is_not_captured() -> None:
     model = transformers_vit("ViT", attn_implementation="eager")
     with leaves_nothing(model), pytest.raises(InputError, match="ViTModel was called, but no self-attention went through"):
         locate_tokens(model, 32, 48)

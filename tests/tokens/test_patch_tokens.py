@@ -16,11 +16,11 @@ from vit_probe.tokens.locate import locate_tokens
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_of_every_family_in_order(name: str) -> None:
-    """Replacing what the last block passes on changes the output; the blocks are called one after the other."""
+    """The blocks are called one after the other, and each holds its attention and a normalisation."""
     family = FAMILIES[name]
     model = family.model()
-    found = locate_tokens(model, *family.size)
-    paths = [block_path(model, found, layer) for layer in range(2)]
+    layout = locate_tokens(model, *family.size)
+    paths = [block_path(model, layout, layer) for layer in range(2)]
     order: list[str] = []
     for path in paths:
         model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
@@ -28,27 +28,27 @@ def test_blocks_of_every_family_in_order(name: str) -> None:
         model(family.images(1))
     assert order == paths
     for layer, path in enumerate(paths):
-        assert found.layers[layer].startswith(f"{path}.")
+        assert layout.layers[layer].startswith(f"{path}.")
         assert any(isinstance(module, nn.LayerNorm) for module in model.get_submodule(path).modules())
 
 
 @pytest.mark.parametrize("name", ["ours", "timm-registers", "torchvision", "encoder"])
 @pytest.mark.parametrize("after_layers", [0, 1, 2])
-def test_tokens_are_what_the_blocks_pass_on(name: str, after_layers: int) -> None:
+def test_tokens_are_the_outputs_of_the_blocks(name: str, after_layers: int) -> None:
     family = FAMILIES[name]
     model, x = family.model(), family.images(2)
-    found = locate_tokens(model, *family.size)
+    layout = locate_tokens(model, *family.size)
     passed: list[Tensor] = []
-    first = model.get_submodule(block_path(model, found, 0))
+    first = model.get_submodule(block_path(model, layout, 0))
     first.register_forward_pre_hook(lambda module, args: passed.append(args[0]))
     for layer in range(2):
-        block = model.get_submodule(block_path(model, found, layer))
+        block = model.get_submodule(block_path(model, layout, layer))
         block.register_forward_hook(lambda module, args, output: passed.append(output))
     with torch.no_grad():
         model(x)
     passed = passed[:3]
     with leaves_nothing(model):
-        tokens, grid = patch_tokens(model, x, found, after_layers)
+        tokens, grid = patch_tokens(model, x, layout, after_layers)
     assert grid == family.grid
     torch.testing.assert_close(tokens, passed[after_layers][:, grid.num_prefix_tokens :])
 
@@ -62,7 +62,7 @@ def test_training_mode_and_gradients_are_left_alone() -> None:
     assert model.training
 
 
-def test_one_layer_has_a_block_too() -> None:
+def test_the_block_of_a_single_layer() -> None:
     """Not the encoder around it, which holds the final norm in torchvision's models and adds the positions."""
     from torchvision.models import VisionTransformer
 
@@ -73,8 +73,8 @@ def test_one_layer_has_a_block_too() -> None:
     assert block_path(other, locate_tokens(other, 32, 32), 0) == "encoder.layers.encoder_layer_0"
 
 
-def test_one_layer_whose_attention_stands_in_a_list() -> None:
-    """With its norm, within the block: what passes on is the block's."""
+def test_the_block_of_a_single_layer_whose_attention_is_in_a_list() -> None:
+    """The list is inside the block, whose output passes on."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -96,7 +96,7 @@ def test_one_layer_whose_attention_stands_in_a_list() -> None:
     assert block_path(model, locate_tokens(model, 24, 24), 0) == "blocks.0"
 
 
-def test_one_layer_in_no_list() -> None:
+def test_the_block_of_a_single_layer_without_a_list() -> None:
     class Alone(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,12 +131,12 @@ class Shared(nn.Module):
 @pytest.mark.parametrize(("shared", "what"), [(True, "attn"), (False, "the model itself")])
 def test_layers_without_a_block_of_their_own(shared: bool, what: str) -> None:
     model = Plain(shared=shared)
-    found = locate_tokens(model, 24, 24)
+    layout = locate_tokens(model, 24, 24)
     with pytest.raises(InputError, match=rf"layer 0 \({what}\) of Plain has no block of its own"):
-        patch_tokens(model, images(), found, 1)
+        patch_tokens(model, images(), layout, 1)
 
 
-def test_blocks_that_pass_on_something_else() -> None:
+def test_blocks_that_return_something_else() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -146,14 +146,14 @@ def test_blocks_that_pass_on_something_else() -> None:
             return self.attn(self.patch_embed(x).flatten(2).mT[:, None])
 
     model = Transposed()
-    found = locate_tokens(model, 24, 24)
+    layout = locate_tokens(model, 24, 24)
     with pytest.raises(
-        InputError, match=r"the block around attn passes on a tensor of shape \(3, 1, 9, 8\), which does not hold"
+        InputError, match=r"the block around attn returns a tensor of shape \(3, 1, 9, 8\), which does not hold"
     ):
-        patch_tokens(model, images(), found, 1)
+        patch_tokens(model, images(), layout, 1)
 
 
-class TokenFirst(nn.Module):
+class SeqFirst(nn.Module):
     """Two blocks of torch that put the tokens before the images."""
 
     def __init__(self) -> None:
@@ -171,22 +171,22 @@ class TokenFirst(nn.Module):
 
 @pytest.mark.parametrize("count", [1, 4, 9, 12])
 def test_tokens_before_images(count: int) -> None:
-    """Also where a batch has as many images as there are tokens, nine, whose shape does not tell."""
+    """Also if a batch has as many images as there are tokens (nine), so that the shape does not tell which come first."""
     torch.manual_seed(0)
-    model, x = TokenFirst().eval(), images(batch=count)
-    found = locate_tokens(model, 24, 24)
-    assert {"blocks.0", "blocks.1"} <= found.seq_first
+    model, x = SeqFirst().eval(), images(batch=count)
+    layout = locate_tokens(model, 24, 24)
+    assert {"blocks.0", "blocks.1"} <= layout.seq_first
     with torch.no_grad():
         expected = model(x).transpose(0, 1)
-    tokens, _ = patch_tokens(model, x, found, 2)
+    tokens, _ = patch_tokens(model, x, layout, 2)
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
 
 
 def test_images_before_tokens_though_as_many() -> None:
     model = small_vit()
-    found = locate_tokens(model, 24, 24)
-    assert not found.seq_first
-    x = images(batch=found.grid.num_tokens)
-    tokens, _ = patch_tokens(model, x, found, 2)
-    first, _ = patch_tokens(model, x[:1], found, 2)
+    layout = locate_tokens(model, 24, 24)
+    assert not layout.seq_first
+    x = images(batch=layout.grid.num_tokens)
+    tokens, _ = patch_tokens(model, x, layout, 2)
+    first, _ = patch_tokens(model, x[:1], layout, 2)
     torch.testing.assert_close(tokens[:1], first, rtol=0, atol=1e-5)

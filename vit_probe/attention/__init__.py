@@ -1,0 +1,1 @@
+"""Capturing the attention of a model while it runs."""

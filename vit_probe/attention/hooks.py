@@ -1,9 +1,9 @@
-"""The one mechanism that sees attention: `attention_hooks`.
+"""`attention_hooks`: show a model's attention to observers while it runs.
 
-It stands where every Vision Transformer of today computes its attention, in
-`torch.nn.functional.scaled_dot_product_attention`, and so receives the true queries, keys and values of each layer, whichever
-library wrote the model. Attention is computed there tile by tile; each tile is shown to the observers and then multiplied with
-the values, so that one softmax serves the measures and the model's own output, and no N x N map outlives its tile.
+Every current Vision Transformer computes its attention in `torch.nn.functional.scaled_dot_product_attention`. Intercepting
+that function gives the true queries, keys and values of each layer, whichever library wrote the model. The attention is then
+computed tile by tile. Each tile is shown to the observers and multiplied by the values, so that one softmax serves both the
+measures and the model's output, and no N x N map is held.
 """
 
 from __future__ import annotations
@@ -16,92 +16,117 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from vit_probe.attention.intercept import AttentionCall, AttentionRouter, intercepted
+from vit_probe.attention.intercept import AttentionCall, AttentionInterceptor, intercept_attention
 from vit_probe.attention.tiles import TILE_BYTES, AttentionInputs, AttentionObserver, LayerObserver, TiledAttention
-from vit_probe.attention.verify import verified
+from vit_probe.attention.verify import verify_outputs
 from vit_probe.errors import InputError
 
-__all__ = [
-    "AttentionHooks",
-    "attention_hooks",
-    "check_attention_captured",
-]
+__all__ = ["AttentionHooks", "attention_hooks", "check_attention_captured"]
 
 
 @contextmanager
 def attention_hooks(
     model: nn.Module, *observers: AttentionObserver, tile_bytes: int = TILE_BYTES, verify: bool = False
 ) -> Iterator[AttentionHooks]:
-    """Shows the attention of every self-attention layer to `observers` while `model` is called within the context.
+    """Show the attention of every self-attention layer to `observers` while `model` runs inside the context.
 
-    The model stays as it is, fused attention included, and returns what it would have returned, within rounding. Where
-    gradients flow or attention dropout is active, its output is that of the fused attention itself, and observers see the
-    probabilities before dropout. Calls that are not self-attention (pooling heads, cross- and class-attention: the queries are
-    others than the keys) pass through and are listed in `skipped`, with the reason. Compiled models run uncompiled meanwhile.
-    At the end, also after an exception, every trace is gone.
+    The model is not modified: its fused attention stays on, and its output is the same within rounding. Where gradients flow
+    or attention dropout is active, the output is that of the fused attention itself, and observers get the probabilities
+    before dropout. Calls that are not self-attention (pooling heads, cross- and class-attention, whose queries and keys differ)
+    run unchanged and are listed in `skipped` with the reason. Compiled models run uncompiled inside the context. All hooks are
+    removed at the end, also after an exception.
 
     Args:
         model: Any module whose attention goes through `scaled_dot_product_attention`.
-        observers: Shown each tile in turn.
-        tile_bytes: Upper bound of a tile's size; one query of one head of one image is the least.
-        verify: Run each call of the whole model a second time with everything switched off, with the same random numbers, and
-            compare the outputs.
+        observers: Objects with a method `update(tile)`, called in turn with each `AttentionTile`.
+        tile_bytes: Upper bound on the size of a tile, which holds at least one query of one head of one image.
+        verify: Repeat each call of the whole model without hooks, with the same random numbers, and compare the outputs.
+
+    Yields:
+        The hooks, which list the layers.
 
     Raises:
-        InputError: At the end of the context, if the model was called and the attention of some layers, or all, was not seen;
-            with `verify`, if only parts of the model were called.
+        InputError: At the end of the context, if the model was called and the attention of some or all of its layers was not
+            captured; with `verify`, if only parts of the model were called.
         RuntimeError: With `verify`, if the outputs differ by more than rounding.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe import VisionTransformer, ViTConfig, attention_hooks
+        >>> class LargestWeight:
+        ...     def __init__(self):
+        ...         self.by_layer = {}
+        ...
+        ...     def update(self, tile):
+        ...         largest = tile.probabilities.max().item()
+        ...         self.by_layer[tile.name] = max(largest, self.by_layer.get(tile.name, 0.0))
+        >>> model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3))
+        >>> observer = LargestWeight()
+        >>> with torch.no_grad(), attention_hooks(model, observer) as hooks:
+        ...     logits = model(torch.randn(2, 3, 32, 32))
+        >>> hooks.layers
+        ['blocks.0.attn', 'blocks.1.attn']
+        >>> list(observer.by_layer) == hooks.layers
+        True
     """
     if tile_bytes < 1:
         raise InputError(f"tile_bytes must be positive, got {tile_bytes}")
     hooks = AttentionHooks(observers, tile_bytes)
-    with verified(model) if verify else nullcontext() as compared, intercepted(model, hooks):
+    # verify_outputs notes the settings of the untouched model, so it must come before the interception changes them.
+    with verify_outputs(model) if verify else nullcontext() as comparisons, intercept_attention(model, hooks):
         yield hooks
+    # Not in a `finally`: an exception of the model's own says more than that no attention was captured.
     check_attention_captured(model, hooks)
-    if compared == [] and hooks.layers and hooks.stop_after is None:
+    if comparisons == [] and hooks.layers and hooks.stop_after is None:
         raise InputError(
             "verify=True compares calls of the whole model, but only parts of it were called; call the model itself"
         )
 
 
-class AttentionHooks(AttentionRouter):
-    """What `attention_hooks` yields: which layers were seen.
+class AttentionHooks(AttentionInterceptor):
+    """The hooks that `attention_hooks` yields, with the layers that made calls.
 
     Attributes:
         layers: Module path of each self-attention layer.
-        skipped: Module paths whose calls were not self-attention, with the reason. Calls from outside the model pass unseen.
-        stop_after: If set, the forward pass ends (with `ForwardStopped`) once this layer has been shown.
+        skipped: Module paths whose calls were not self-attention, with the reason. Calls from outside the model are ignored.
+        stop_after: If set, the forward pass ends (with `ForwardStopped`) after this layer was shown.
     """
 
     def __init__(self, observers: tuple[AttentionObserver, ...], tile_bytes: int) -> None:
         super().__init__()
         self._observers = observers
-        self._compute = TiledAttention(tile_bytes)
+        self._compute_tiles = TiledAttention(tile_bytes)
 
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Shows the call's attention to the observers; the fused attention's own result where gradients or dropout need it."""
+    def handle_self_attention(self, call: AttentionCall) -> Tensor:
+        """Show the attention to the observers and return the layer's output."""
         inputs = (call.query, call.key, call.value, call.mask)
-        gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        has_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        # Hooks of an enclosing context see this call only if the fused attention is called.
         modes: list[object] = _get_current_function_mode_stack()
-        nested = any(isinstance(mode, AttentionHooks) for mode in modes)
-        needs_fused = call.dropout_p > 0 or gradient or nested
-        unused = call.shown_only or call.layer == self.stop_after
+        is_nested = any(isinstance(mode, AttentionHooks) for mode in modes)
+        needs_fused = has_gradient or call.dropout_p > 0 or is_nested  # tiles have neither a graph nor dropout
+        output_unused = call.discard_output or call.layer == self.stop_after
         with torch.no_grad():
-            q, k, v = _as_the_kernel_sees(call)
+            query, key, value = _cast_and_expand(call)
+            # The casts of autocast are done; the softmax and the observers compute in the precision of the tiles.
             with torch.autocast(call.query.device.type, enabled=False):
-                bias = _bias(call.mask, q, call.is_causal)
-                scale = 1 / math.sqrt(q.shape[-1]) if call.scale is None else call.scale
-                layer = AttentionInputs(call.layer, call.name, q, k, bias, scale)
-                watching = [one for one in self._observers if not isinstance(one, LayerObserver) or one.begin_layer(layer)]
-                output = self._compute(layer, None if needs_fused or unused else v, watching) if watching else None
-        if (needs_fused and not call.shown_only) or not (watching or unused):
-            return call.fused()
-        return v if output is None else output
+                bias = _additive_bias(call.mask, query, call.is_causal)
+                scale = 1 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
+                layer = AttentionInputs(call.layer, call.name, query, key, bias, scale)
+                observers = [one for one in self._observers if not isinstance(one, LayerObserver) or one.begin_layer(layer)]
+                tiled_value = None if needs_fused or output_unused else value
+                output = self._compute_tiles(layer, tiled_value, observers) if observers else None
+        if output is not None:
+            return output
+        if call.discard_output or (output_unused and not needs_fused):
+            return value  # never used, but of the right shape
+        return call.fused()
 
 
-def _as_the_kernel_sees(call: AttentionCall) -> list[Tensor]:
-    """Queries, keys and values as autocast casts them, each with as many images and heads."""
+def _cast_and_expand(call: AttentionCall) -> list[Tensor]:
+    """Queries, keys and values cast as autocast casts them, and expanded to the same number of images and heads."""
     tensors, device = [call.query, call.key, call.value], call.query.device.type
+    # A function mode gets the tensors before autocast has cast them. Autocast leaves float64 alone.
     if torch.is_autocast_enabled(device) and call.query.dtype != torch.float64:
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
     if call.enable_gqa:
@@ -110,8 +135,8 @@ def _as_the_kernel_sees(call: AttentionCall) -> list[Tensor]:
     return [t.expand(batch, heads, -1, -1) for t in tensors]
 
 
-def _bias(mask: Tensor | None, query: Tensor, is_causal: bool) -> Tensor | None:
-    """What is added to the scores, broadcast to (batch, head, query, key) without copies."""
+def _additive_bias(mask: Tensor | None, query: Tensor, is_causal: bool) -> Tensor | None:
+    """The term added to the scores, broadcast to (batch, head, query, key) without copies."""
     batch, heads, tokens, _ = query.shape
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=query.device).masked_fill(~mask, -torch.inf)
@@ -121,30 +146,51 @@ def _bias(mask: Tensor | None, query: Tensor, is_causal: bool) -> Tensor | None:
     return None if mask is None else mask.expand(batch, heads, tokens, tokens)
 
 
-_REMEDY = (
-    'choose its fused attention: model.set_attn_implementation("sdpa") in transformers, '
-    "timm.layers.set_fused_attn(True, experimental=True) before the model is built in timm; pass a module as it was before "
-    "torch.jit traced or scripted it. A model whose own code computes the softmax, or which was recorded as a graph (CUDA "
-    "graphs), cannot be seen into"
-)
+def check_attention_captured(model: nn.Module, interceptor: AttentionInterceptor) -> None:
+    """Check that the self-attention of all layers of a model was captured, if the model was called at all.
 
+    Args:
+        model: The model whose attention was intercepted.
+        interceptor: What intercepted it, after the context of `intercept_attention`.
 
-def check_attention_captured(model: nn.Module, router: AttentionRouter) -> None:
-    """Raise InputError if the model was called and its self-attention, or that of some of its layers, was not seen."""
-    if router.called and not router.layers:
-        raise InputError(_nothing_seen(model, router.skipped))
-    if missed := router.missed_modules:
-        which = f"{len(missed)} module{'' if len(missed) == 1 else 's'} of {type(model).__name__}"
+    Raises:
+        InputError: If no self-attention was captured, or none in modules whose class attends elsewhere in the model.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe.attention.intercept import intercept_attention
+        >>> model, hooks = torch.nn.Linear(4, 4), AttentionHooks((), tile_bytes=1024)
+        >>> check_attention_captured(model, hooks)  # passes: the model was not called
+        >>> with intercept_attention(model, hooks):
+        ...     output = model(torch.ones(1, 4))
+        >>> check_attention_captured(model, hooks)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        vit_probe.errors.InputError: Linear was called, but no self-attention went through scaled_dot_product_attention; ...
+    """
+    if interceptor.called and not interceptor.layers:
+        raise InputError(_no_attention_message(model, interceptor.skipped))
+    # A model with some layers missing would give results for the others that look complete.
+    if missed := interceptor.missed_modules:
+        modules = f"{len(missed)} module{'' if len(missed) == 1 else 's'} of {type(model).__name__}"
         raise InputError(
-            f"the attention of {which} cannot be seen ({', '.join(missed[:3])}), "
-            f"though that of {len(router.layers)} layers can; {_REMEDY}"
+            f"the attention of {modules} could not be captured ({', '.join(missed[:3])}), "
+            f"though that of {len(interceptor.layers)} layers could; {_REMEDY}"
         )
 
 
-def _nothing_seen(model: nn.Module, skipped: Mapping[str, str]) -> str:
-    others = ", ".join(f"{name or 'the model'} ({reason})" for name, reason in list(skipped.items())[:3])
-    seen = f" (other calls did: {others})" if others else ""
-    what = f"{type(model).__name__} was called, but no self-attention went through scaled_dot_product_attention{seen}; "
+_REMEDY = (
+    'enable fused attention: model.set_attn_implementation("sdpa") in transformers, or '
+    "timm.layers.set_fused_attn(True, experimental=True) before the model is built in timm; if torch.jit traced or scripted a "
+    "module, pass the original one. Attention cannot be captured in a model whose own code computes the softmax, or that was "
+    "recorded as a graph (CUDA graphs)"
+)
+
+
+def _no_attention_message(model: nn.Module, skipped: Mapping[str, str]) -> str:
+    listed = ", ".join(f"{name or 'the model'} ({reason})" for name, reason in list(skipped.items())[:3])
+    others = f" (other attention did: {listed})" if listed else ""
+    message = f"{type(model).__name__} was called, but no self-attention went through scaled_dot_product_attention{others}; "
     if isinstance(model, nn.DataParallel):
-        return what + "nn.DataParallel runs its copies in threads of their own: pass model.module"
-    return what + _REMEDY
+        # Modes and hooks belong to one thread.
+        return message + "nn.DataParallel runs its replicas in threads of their own: pass model.module"
+    return message + _REMEDY

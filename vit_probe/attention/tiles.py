@@ -35,13 +35,11 @@ class AttentionTile:
             those of the second, and so on.
         heads: Which heads.
         queries: Which query tokens.
-        num_heads: Heads of the layer.
-        num_tokens: Tokens of the sequence, or of a window.
-        probabilities: Softmax weights over all tokens, in float32 or float64. The memory is used again for the next tile:
-            reduce it or copy it, and do not write to it unless it is `disposable`.
-        scores: What the softmax was taken of, scaled products of queries and keys plus bias, less each query's largest; the
-            least finite number where a mask hides a key. In such memory, too. Only if an observer has `wants_scores = True`.
-        disposable: Whether nobody reads the tile after this observer, the last of them, so that it may write to it.
+        num_heads: Number of heads of the layer.
+        num_tokens: Number of tokens of the sequence, or of a window.
+        probabilities: Softmax weights over all tokens, in float32 or float64. The memory is reused for the next tile: reduce it
+            or copy it, and do not write to it unless the tile is `disposable`.
+        disposable: Whether this observer is the last one to read the tile, and so may overwrite it.
     """
 
     layer: int
@@ -52,19 +50,18 @@ class AttentionTile:
     num_heads: int
     num_tokens: int
     probabilities: Float[Tensor, "image head query key"]
-    scores: Float[Tensor, "image head query key"] | None = None
     disposable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """What the attention of a layer is computed of.
+    """The inputs of a layer's attention.
 
     Args:
         layer: As in `AttentionTile`.
         name: As in `AttentionTile`.
-        query, key: As the layer's kernel gets them, each with as many heads.
-        bias: What is added to the scaled products; None if nothing is.
+        query, key: As the layer's kernel receives them, with repeated heads where heads share keys.
+        bias: Added to the scaled products; None if there is none.
         scale: Factor of the products.
     """
 
@@ -77,26 +74,26 @@ class AttentionInputs:
 
 
 class AttentionObserver(Protocol):
-    """What `attention_hooks` shows attention to. Tiles come by layers, then by images, queries, heads, each in order."""
+    """An object to which `attention_hooks` shows attention: by layers, then by images, queries and heads, each in order."""
 
     def update(self, tile: AttentionTile) -> None: ...
 
 
 @runtime_checkable
 class LayerObserver(AttentionObserver, Protocol):
-    """An observer that is asked first whether it needs the tiles of a layer. If none does, they are not computed."""
+    """An observer that is asked before each layer whether it needs its tiles. If no observer does, they are not computed."""
 
     def begin_layer(self, inputs: AttentionInputs) -> bool: ...
 
 
 class Workspace:
-    """Memory that is used again: fresh pages cost more than the arithmetic done on them."""
+    """Memory that is reused, since touching fresh pages costs more than the arithmetic done on them."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with what the memory held before; as long as none is asked for that is larger, or of other type."""
+        """An uninitialised tensor; the same memory each time, unless a larger one or another type is needed."""
         size = math.prod(shape)
         if self._memory.numel() < size or self._memory.dtype != dtype or self._memory.device != device:
             with torch.inference_mode(False):
@@ -105,7 +102,7 @@ class Workspace:
 
 
 class TiledAttention:
-    """Computes attention tile by tile, each in the same memory.
+    """Softmax attention computed tile by tile, each in the same memory.
 
     Args:
         tile_bytes: Upper bound of a tile's size; one query of one head of one image is the least.
@@ -113,7 +110,7 @@ class TiledAttention:
 
     def __init__(self, tile_bytes: int) -> None:
         self._tile_bytes = tile_bytes
-        self._scores, self._probabilities = Workspace(), Workspace()
+        self._scores = Workspace()
 
     def __call__(
         self,
@@ -121,46 +118,38 @@ class TiledAttention:
         value: Float[Tensor, "image head key value_dim"] | None,
         observers: Sequence[AttentionObserver],
     ) -> Float[Tensor, "image head query value_dim"] | None:
-        """Shows every tile to the observers; returns probabilities @ value where there is a value."""
+        """Show every tile to the observers; return probabilities @ value if there is a value."""
         query, key, bias = inputs.query, inputs.key, inputs.bias
         batch, heads, length, _ = query.shape
         tokens = key.shape[-2]
         dtype = torch.promote_types(query.dtype, torch.float32)
-        scored = any(getattr(observer, "wants_scores", False) for observer in observers)
-        max_batch_size, heads_at_once, rows = _tile_shape(batch, heads, length, tokens, self._tile_bytes // dtype.itemsize)
-        least = torch.finfo(dtype).min
+        elements = self._tile_bytes // dtype.itemsize
+        images_per_tile, heads_per_tile, queries_per_tile = _tile_shape(batch, heads, length, tokens, elements)
         output = None
         if value is not None:  # laid out as the fused kernels do, so that the heads merge without a copy
             output = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        for images in _slices(batch, max_batch_size):
+        for images in _slices(batch, images_per_tile):
             count = images.stop - images.start
-            # Copied head by head: products of rows that lie far apart take longer than the copies.
+            # Copied head by head: products of rows that are far apart in memory take longer than the copies.
             group_query, group_key = (t[images].to(dtype).contiguous().flatten(0, 1) for t in (query, key))
             group_value = None if value is None else value[images].to(dtype).contiguous().flatten(0, 1)
-            for queries in _slices(length, rows):
-                for some in _slices(heads, heads_at_once):
+            for queries in _slices(length, queries_per_tile):
+                for some in _slices(heads, heads_per_tile):
                     shape = (count, some.stop - some.start, queries.stop - queries.start, tokens)
                     group = slice(some.start, some.start + count * shape[1])  # several images come with all their heads
                     matrices = (count * shape[1], *shape[2:])
                     scores = self._scores.take(matrices, dtype, query.device)
-                    probabilities = self._probabilities.take(matrices, dtype, query.device) if scored else scores
                     products = group_query[group, queries], group_key[group].mT
                     torch.baddbmm(scores, *products, beta=0, alpha=inputs.scale, out=scores)
-                    if bias is not None:
-                        scores.view(shape).add_(bias[images, some, queries])
-                    if bias is None and not scored:
-                        torch.softmax(scores, dim=-1, out=probabilities)
+                    if bias is None:
+                        probabilities = torch.softmax(scores, dim=-1, out=scores)
                     else:
-                        largest = scores.amax(dim=-1, keepdim=True)
-                        if scored:
-                            scores.sub_(largest.clamp_min(least))
-                        if scored and bias is not None:
-                            scores.clamp_min_(least)
-                        torch.softmax(scores, dim=-1, out=probabilities)
-                        if bias is not None:
-                            probabilities.masked_fill_(largest == -torch.inf, 0)  # who may attend to nothing does not attend
+                        scores.view(shape).add_(bias[images, some, queries])
+                        sees_nothing = scores.amax(dim=-1, keepdim=True) == -torch.inf
+                        # The softmax of nothing but -inf is NaN; the fused kernels return zeros there.
+                        probabilities = torch.softmax(scores, dim=-1, out=scores).masked_fill_(sees_nothing, 0)
                     places = (inputs.layer, inputs.name, images, some, queries, heads, tokens)
-                    tile = AttentionTile(*places, probabilities.view(shape), scores.view(shape) if scored else None)
+                    tile = AttentionTile(*places, probabilities.view(shape))
                     if output is not None and group_value is not None:
                         product = torch.bmm(probabilities, group_value[group])
                         output[images, some, queries] = product.view(*shape[:3], -1).to(output.dtype)
@@ -171,18 +160,18 @@ class TiledAttention:
         return output
 
 
-_JOINED = 4  # images are joined, which takes a copy, up to this part of a tile: small products are slow
-_ROWS = 64  # with fewer queries, a product with all keys spends its time on reading the keys
+_JOINED = 4  # several images share a tile, which takes a copy, up to this fraction of it: small products are slow
+_MIN_QUERIES = 64  # with fewer queries, a product with all keys is bound by reading the keys
 
 
 def _tile_shape(batch: int, heads: int, queries: int, tokens: int, elements: int) -> tuple[int, int, int]:
-    """Images, heads and queries of a tile: whole images where one fits, else queries of all heads or of one, in equal parts."""
+    """Images, heads and queries of a tile: whole images if one fits, else queries of all heads or of one, in equal parts."""
     whole = elements // (heads * queries * tokens)
     if whole:
         return min(batch, max(1, whole // _JOINED)), heads, queries
-    heads_at_once = heads if elements >= heads * min(queries, _ROWS) * tokens else 1
-    rows = max(1, min(queries, elements // (heads_at_once * tokens)))
-    return 1, heads_at_once, math.ceil(queries / math.ceil(queries / rows))
+    heads_per_tile = heads if elements >= heads * min(queries, _MIN_QUERIES) * tokens else 1
+    rows = max(1, min(queries, elements // (heads_per_tile * tokens)))
+    return 1, heads_per_tile, math.ceil(queries / math.ceil(queries / rows))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

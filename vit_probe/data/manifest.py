@@ -1,4 +1,4 @@
-"""What a stream of images has gone through: names, hashes, what was left out, and photographs kept for display."""
+"""Record of a pass over images: names, hashes, skipped images, and photographs kept for display."""
 
 from __future__ import annotations
 
@@ -18,16 +18,27 @@ __all__ = ["ImageManifest"]
 
 @dataclass
 class ImageManifest:
-    """What a stream of images has gone through so far.
+    """Record of the images that a stream has yielded and skipped so far.
 
     Args:
-        position: How many images of the whole list it is past.
-        names: Of the images that it has given.
-        indices: Their numbers in the whole list, from 0.
+        position: Index in the whole list of the first image that has not been reached.
+        names: Names of the images that were yielded.
+        indices: Their indices in the whole list, from 0.
         digests: Hashes of their pixels.
-        skipped: Name and reason of each photograph that was left out.
-        skipped_indices: Their numbers in the whole list.
-        pictures: Photographs for display, uint8 (height, width, channel), by their numbers in the whole list.
+        skipped: Name of each skipped image, and why it was skipped.
+        skipped_indices: Indices of the skipped images in the whole list.
+        pictures: Photographs for display, uint8 (height, width, channel), by index in the whole list.
+
+    Examples:
+        >>> first = ImageManifest(3, names=["a.jpg", "c.jpg"], indices=[0, 2], digests=["1f", "2e"])
+        >>> second = ImageManifest(4, names=["b.jpg"], indices=[1], digests=["3d"])
+        >>> second.skipped, second.skipped_indices = [("d.jpg", "truncated")], [3]
+        >>> first.extend(second)
+        >>> ordered, order = first.in_order()
+        >>> ordered.names, order
+        (['a.jpg', 'b.jpg', 'c.jpg'], [0, 2, 1])
+        >>> ordered.provenance()["skipped"]
+        {'d.jpg': 'truncated'}
     """
 
     position: int = 0
@@ -39,8 +50,8 @@ class ImageManifest:
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> ImageManifest:
-        """What `state` was taken of, but for the pictures."""
+    def from_state(cls, state: Mapping[str, Any]) -> ImageManifest:
+        """Restore a manifest, without its pictures, from its `state`."""
         return cls(
             position=state["position"],
             names=list(state["names"]),
@@ -51,11 +62,11 @@ class ImageManifest:
         )
 
     def state(self) -> dict[str, Any]:
-        """All but the pictures, as JSON can hold it."""
+        """A copy of everything but the pictures, in types that JSON can represent."""
         return {name: copy(value) for name, value in vars(self).items() if name != "pictures"}
 
-    def add(self, later: ImageManifest) -> None:
-        """Appends what came later."""
+    def extend(self, later: ImageManifest) -> None:
+        """Append a manifest of later images."""
         self.position = later.position
         self.names += later.names
         self.indices += later.indices
@@ -65,46 +76,45 @@ class ImageManifest:
         self.pictures |= later.pictures
 
     def in_order(self) -> tuple[ImageManifest, list[int]]:
-        """The same in the order of the whole list, and where each of its images was."""
-        order, skipped = _ascending(self.indices), _ascending(self.skipped_indices)
+        """The manifest sorted by index in the whole list, and for each of its images the place where it was before."""
+        order, skipped_order = _argsort(self.indices), _argsort(self.skipped_indices)
         ordered = ImageManifest(
             position=self.position,
-            names=[self.names[where] for where in order],
-            indices=[self.indices[where] for where in order],
-            digests=[self.digests[where] for where in order],
-            skipped=[self.skipped[where] for where in skipped],
-            skipped_indices=[self.skipped_indices[where] for where in skipped],
+            names=[self.names[place] for place in order],
+            indices=[self.indices[place] for place in order],
+            digests=[self.digests[place] for place in order],
+            skipped=[self.skipped[place] for place in skipped_order],
+            skipped_indices=[self.skipped_indices[place] for place in skipped_order],
             pictures=self.pictures,
         )
         return ordered, order
 
-    def shown(self, count: int) -> np.ndarray | None:
-        """The photographs of the first `count` images (image, height, width, channel); None if they were not kept."""
+    def first_pictures(self, count: int) -> np.ndarray | None:
+        """The pictures of the first `count` images (image, height, width, channel); None if any of them was not kept."""
         first = self.indices[:count]
         return np.stack([self.pictures[index] for index in first]) if first and self.pictures.keys() >= set(first) else None
 
-    def keep_pictures(self, count: int) -> None:
-        """Forgets all photographs but those of the first `count` images."""
+    def drop_pictures_after(self, count: int) -> None:
+        """Drop all pictures but those of the first `count` images."""
         first = set(self.indices[:count])
         self.pictures = {index: picture for index, picture in self.pictures.items() if index in first}
 
-    def check_any(self) -> None:
-        """Raise InputError if all images that there were are left out."""
+    def check_not_all_skipped(self) -> None:
+        """Raise InputError if there were images and all of them were skipped."""
         if self.skipped and not self.names:
             name, reason = self.skipped[0]
             raise InputError(f"none of the {len(self.skipped)} images can be read; the first, {name}: {reason}")
 
     def provenance(self) -> dict[str, Any]:
-        """Number, names and hash of the images, and why others were left out."""
+        """Count, names and combined hash of the images, and why others were skipped."""
         skipped: dict[str, str] = {}
-        times = Counter[str]()
+        occurrences = Counter[str]()
         for name, reason in self.skipped:
-            times[name] += 1
-            skipped[name if times[name] == 1 else f"{name} ({times[name]})"] = reason
+            occurrences[name] += 1
+            skipped[name if occurrences[name] == 1 else f"{name} ({occurrences[name]})"] = reason
         digest = hashlib.sha256("".join(self.digests).encode()).hexdigest()
         return {"count": len(self.names), "names": self.names, "sha256": digest, "skipped": skipped}
 
 
-def _ascending(numbers: Sequence[int]) -> list[int]:
-    """Where the smallest number is, and then each next one."""
+def _argsort(numbers: Sequence[int]) -> list[int]:
     return sorted(range(len(numbers)), key=numbers.__getitem__)

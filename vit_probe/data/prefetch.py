@@ -1,4 +1,4 @@
-"""Work done ahead of whoever needs it: in threads, in order, a bounded way ahead, and with no thread left behind."""
+"""Preparing results in threads, ahead of their use: in order, bounded, and without leaving a thread behind."""
 
 from __future__ import annotations
 
@@ -22,22 +22,32 @@ WORKERS = min(4, os.cpu_count() or 1)
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int = WORKERS
 ) -> Generator[Result, None, None]:
-    """`function` of each of `items`, in order, computed by threads; at most `2 * workers` items are under way.
+    """Yield `function(item)` for each item, in order, computed by a pool of threads.
 
-    Items are drawn one at a time, by whoever draws the results. An exception, of `function` or of drawing an item, comes
-    up in its own place, after the results before it. When the generator ends or is closed its threads have ended.
+    Items are taken one at a time, in the thread that consumes the results, and at most `2 * workers` of them are being
+    worked on or waiting. An exception of `function`, or of taking an item, is raised after the results before it. All
+    threads have ended when the generator is exhausted or closed.
+
+    Args:
+        function: Called in the threads of the pool.
+        items: Its arguments.
+        workers: Number of threads.
+
+    Examples:
+        >>> list(parallel_map(len, ["one", "three", "eleven"], workers=2))
+        [3, 5, 6]
     """
     failure: Exception | None = None
     pending: deque[Future[Result]] = deque()
-    drawn = iter(items)
+    remaining = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="vit_probe-worker") as pool:
         try:
             while failure is None:
                 try:
-                    item = next(drawn)
+                    item = next(remaining)
                 except StopIteration:
                     break
-                except Exception as error:
+                except Exception as error:  # raised below, after the results of the items before it
                     failure = error
                     break
                 pending.append(pool.submit(function, item))
@@ -53,15 +63,26 @@ def parallel_map(
 
 
 def prefetch(results: Generator[Result, None, None], count: int, stopped: Event) -> Generator[Result]:
-    """The same `results`, drawn by a thread up to `count` ahead.
+    """Yield the same `results`, which a thread takes from their generator up to `count` ahead.
 
-    When the generator ends or is closed, `stopped` is set, for `results` to notice that no more are wanted, and its thread
-    has ended. An exception of `results` comes up after the results before it.
+    An exception of `results` is raised after the results before it. The thread has ended when the generator is exhausted
+    or closed.
+
+    Args:
+        results: Closed by the thread at the end.
+        count: Number of results that may wait.
+        stopped: Set when no more results are needed. A generator that does much work per result can check it and end early.
+
+    Examples:
+        >>> from threading import Event
+        >>> list(prefetch((number**2 for number in range(5)), count=2, stopped=Event()))
+        [0, 1, 4, 9, 16]
     """
     ready: SimpleQueue[tuple[Result] | BaseException | None] = SimpleQueue()
+    # Counts the free places. A queue with a maximum size would block the thread in `put`, where nothing could wake it.
     room = Semaphore(count)
 
-    def draw() -> None:
+    def produce() -> None:
         end: BaseException | None = None
         try:
             with closing(results):
@@ -73,7 +94,7 @@ def prefetch(results: Generator[Result, None, None], count: int, stopped: Event)
             end = error
         ready.put(end)
 
-    thread = Thread(target=draw, name="vit_probe-prefetch", daemon=True)
+    thread = Thread(target=produce, name="vit_probe-prefetch", daemon=True)
     thread.start()
     try:
         while isinstance(result := ready.get(), tuple):
@@ -83,5 +104,5 @@ def prefetch(results: Generator[Result, None, None], count: int, stopped: Event)
             raise result
     finally:
         stopped.set()
-        room.release()
+        room.release()  # wakes the thread if it waits for a place
         thread.join()

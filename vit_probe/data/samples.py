@@ -1,4 +1,4 @@
-"""What one item of the given images is: a photograph, a file, a tensor or a batch, with or without its label."""
+"""One item of the given images: a photograph, file, tensor or batch, with or without a label."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from torch import Tensor
 from vit_probe.data.preprocessing import decoding
 from vit_probe.errors import InputError
 
-__all__ = ["Sample", "checked_batch", "content", "image_of", "is_batch", "kind_and_shape", "to_sample"]
+__all__ = ["Sample", "checked_batch", "fingerprint", "image_of", "is_batch", "to_sample", "type_and_shape"]
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as its source gives it: a path, an image file's bytes, a photograph, a tensor, or what is wrong with it."""
+    """An image as its source provides it.
+
+    Args:
+        index: Its index in the whole list of images.
+        name: Its name in results and messages.
+        item: A path, the bytes of an image file, a photograph, a preprocessed tensor, or why there is no image.
+    """
 
     index: int
     name: str
@@ -29,12 +35,22 @@ class Sample:
 
 
 def to_sample(index: int, item: Any) -> Sample:
-    """The image of an item, with its name; InputError if there is none in it."""
+    """Extract the image of an item and name it.
+
+    Raises:
+        InputError: If the item contains no image. An image that cannot be read is a sample with that error instead, so that
+            it can be skipped.
+
+    Examples:
+        >>> sample = to_sample(3, ("photographs/cat.jpg", "a label"))
+        >>> sample.index, sample.name, sample.item.as_posix()
+        (3, 'cat.jpg', 'photographs/cat.jpg')
+    """
     image = image_of(item)
     name = f"image {index}"
     if image is None:
         return Sample(index, name, InputError(f"{name} is None"))
-    if isinstance(image, Mapping):  # of Hugging Face, not decoded
+    if isinstance(image, Mapping):  # a row of a Hugging Face dataset with Image(decode=False)
         data, path = image.get("bytes"), Path(image.get("path") or name)
         return Sample(index, path.name, path if data is None else data)
     if isinstance(image, str | Path):
@@ -43,38 +59,50 @@ def to_sample(index: int, item: Any) -> Sample:
         name = str(image.info.get("name", name))
         try:
             with decoding(name):
-                image.load()  # here, one after the other: the same image may be there twice
+                # Pillow loads lazily. Not left to the worker threads, two of which may be given the same image object.
+                image.load()
         except InputError as error:
             return Sample(index, name, error)
     return Sample(index, name, image)
 
 
 def checked_batch(batch: Any) -> Tensor:
-    """The batch (batch, channel, height, width), without its labels; InputError unless it is one of preprocessed images."""
+    """The images of a batch, (batch, channel, height, width), without their labels.
+
+    Raises:
+        InputError: If it is not a batch of preprocessed images.
+    """
     batch = _without_label(batch)
     if not isinstance(batch, Tensor) or batch.ndim != 4:
         shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
         raise InputError(
-            f"images as tensors have the shape (batch, channel, height, width), got {type(batch).__name__}{shape}; "
-            "photographs are PIL images or paths, in a list"
+            f"a tensor of images must have shape (batch, channel, height, width), got {type(batch).__name__}{shape}; pass "
+            "photographs as PIL images or paths, in a list"
         )
-    return _checked_floats(batch)
+    return _checked_dtype(batch)
 
 
 def image_of(item: Any) -> Any:
-    """The image of an item of a dataset; InputError if there is none."""
+    """The image of a dataset's item, without its label; None if the item is None.
+
+    Raises:
+        InputError: If the item contains no image.
+    """
     image = _without_label(item)
     if isinstance(image, Tensor) and image.ndim == 3:
-        return _checked_floats(image)
-    file = isinstance(image, Mapping) and (image.get("bytes") is not None or image.get("path") is not None)
-    if image is None or file or isinstance(image, str | Path | Image.Image):
+        return _checked_dtype(image)
+    is_file = isinstance(image, Mapping) and (image.get("bytes") is not None or image.get("path") is not None)
+    if image is None or is_file or isinstance(image, str | Path | Image.Image):
         return image
     if isinstance(image, Mapping):
-        raise InputError(f"an image is a dictionary of {sorted(map(str, image))}; the image itself must be under 'image'")
+        raise InputError(
+            f"an item is a dictionary with keys {sorted(map(str, image))}; its image must be under one of "
+            f"{', '.join(map(repr, _IMAGE_KEYS))}"
+        )
     shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
     raise InputError(
-        f"images are PIL images, paths or tensors (channel, height, width), got {type(image).__name__}{shape}; batches have "
-        "the shape (batch, channel, height, width)"
+        f"an image must be a PIL image, a path or a tensor (channel, height, width), got {type(image).__name__}{shape}; a "
+        "batch must be a tensor (batch, channel, height, width)"
     )
 
 
@@ -84,14 +112,14 @@ def is_batch(item: Any) -> bool:
     return isinstance(item, Tensor) and item.ndim == 4
 
 
-def content(item: Any) -> Iterator[Any]:
-    """What tells an image or batch from others, without decoding it: of a file path and size, in memory the numbers."""
+def fingerprint(item: Any) -> Iterator[Any]:
+    """Yield what identifies an image or batch without decoding it: path and size of a file, values of what is in memory."""
     item = _without_label(item)
     if isinstance(item, str | Path):
         yield from (str(item), Path(item).stat().st_size if Path(item).is_file() else None)
     elif isinstance(item, Image.Image):
         yield from (item.mode, item.size, item.info.get("name"), getattr(item, "filename", None))
-        if not isinstance(item, ImageFile.ImageFile):  # those lie in a file, decoded or not
+        if not isinstance(item, ImageFile.ImageFile):  # one opened from a file would be decoded by `tobytes`
             yield item.tobytes()
     elif isinstance(item, Tensor):
         yield from (tuple(item.shape), item.dtype, item.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -99,13 +127,13 @@ def content(item: Any) -> Iterator[Any]:
         yield item
 
 
-def kind_and_shape(image: Any) -> list[Any]:
-    """The kind of an image and its size, as far as they can be told without decoding it."""
+def type_and_shape(image: Any) -> list[Any]:
+    """The type and the shape or size of an image, as far as they are known without decoding it."""
     return [type(image).__name__, getattr(image, "shape", None) or getattr(image, "size", None)]
 
 
 def _without_label(item: Any) -> Any:
-    """The image or batch of a (image, label) pair or of a dictionary."""
+    """The image or batch of an (image, label) pair or of a dictionary."""
     if isinstance(item, list | tuple) and item:
         item = item[0]
     if isinstance(item, Mapping):
@@ -113,7 +141,10 @@ def _without_label(item: Any) -> Any:
     return item
 
 
-def _checked_floats(images: Tensor) -> Tensor:
+def _checked_dtype(images: Tensor) -> Tensor:
     if not images.is_floating_point():
-        raise InputError(f"images are {images.dtype}; tensors must be preprocessed as the model expects them, as floats")
+        raise InputError(
+            f"image tensors must be floating point, preprocessed as the model expects them, got {images.dtype}; pass "
+            "photographs as PIL images or paths to have them preprocessed"
+        )
     return images

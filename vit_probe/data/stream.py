@@ -22,48 +22,64 @@ from vit_probe.data.manifest import ImageManifest
 from vit_probe.data.prefetch import parallel_map, prefetch
 from vit_probe.data.preprocessing import Preprocessing, check_image, decode_image, decoding, read_image
 from vit_probe.data.samples import Sample
-from vit_probe.data.sources import Batches, IndexedImages, Share, open_source
+from vit_probe.data.sources import BatchedImages, IndexedImages, Shard, open_source
 from vit_probe.errors import InputError
 
 __all__ = ["ImageStream", "Images"]
 
 Images = Tensor | str | Path | Iterable[Any]
-"""A preprocessed tensor (batch, channel, height, width); a photograph, file, folder or pattern (`photos/**/*.jpg`), or a
-sequence of these; a dataset of torch or Hugging Face, or any sequence or iterable, of photographs, files or preprocessed
-tensors (channel, height, width); or any iterable of preprocessed batches. Of a tuple the first entry is taken, as from a
-labelled dataset, of a dictionary `image` (or `img`, `pixel_values`)."""
+"""Any of:
 
-_AHEAD = 2  # batches
+- a preprocessed tensor (batch, channel, height, width);
+- a photograph, a file, a folder, a pattern such as `photos/**/*.jpg`, or a sequence of these;
+- a dataset of torch or Hugging Face, or any sequence or iterable, of photographs, files or preprocessed tensors (channel,
+  height, width);
+- an iterable of preprocessed batches, such as a `DataLoader`.
+
+The first entry of a tuple is taken as the image, as in a labelled dataset; of a dictionary, the entry `image`, `img` or
+`pixel_values`."""
+
+_PREFETCHED_BATCHES = 2
 
 
 class ImageStream:
-    """Batches of preprocessed images from whatever the user gave, with names and a hash for provenance.
+    """Batches of preprocessed images from any source of images, with a record of their names and hashes.
 
-    Photographs are read, decoded and prepared by a few threads, at most two batches ahead of whoever takes the batches.
-    Datasets and iterables of images are asked for one image at a time, in order, by one thread. Iterables of batches are
-    sample when a batch is needed, by whoever takes it: a `DataLoader` has workers of its own.
+    A few threads read, decode and preprocess photographs, at most two batches ahead of their use. Datasets and iterables of
+    images are read by one thread, one image at a time and in order. Iterables of batches are read in the thread that uses
+    the batches, when it needs one: a `DataLoader` has workers of its own.
 
     Args:
-        images: See `Images`. Their order is taken to be the same each time.
-        preprocessing: Needed for photographs and files; tensors are taken as they are.
-        batch_size: Images a batch, where this class forms the batches.
-        keep: Of how many images, from the first, the photographs are kept for display, as the model saw them.
-        on_error: What becomes of a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
-        start: How many images to pass over at the start, without decoding them. Those of an iterable are sample and dropped.
-        shard: (rank, processes): only images whose index in the whole list leaves `rank` when divided by `processes`.
+        images: See `Images`. Their order must be the same each time.
+        preprocessing: Required for photographs and files; tensors are used unchanged.
+        batch_size: Images per batch. Batches that are given as such keep their size.
+        keep: Keep the photographs of the first `keep` images for display, as the model saw them.
+        on_error: `stop` raises for a photograph that cannot be read, `skip` leaves it out and lists it.
+        start: Number of images to skip at the start, without decoding them. An iterable is read up to there.
+        shard: (rank, processes): yield only images whose index in the whole list leaves remainder `rank` when divided by
+            `processes`.
 
     Attributes:
-        image_size: Height and width in pixels of what the model sees.
-        count: Images that there are to go through, broken ones included, after `start` and `shard`; None if not known.
-        names: Of the images that the last iteration has given so far.
-        indices: Their numbers in the whole list, from 0.
-        skipped: Name and reason of each photograph that it has left out.
-        position: How many images of the whole list it is past: the `start` with which another stream goes on after the
-            batch given last.
+        image_size: Height and width in pixels of the images that the model sees.
+        count: Number of images that an iteration goes through after `start` and `shard`, unreadable ones included; None if
+            unknown.
+        manifest: Record of the last iteration so far.
+        names: Names of the images that it has yielded.
+        indices: Their indices in the whole list, from 0.
+        skipped: Name of each skipped photograph, and why it was skipped.
+        position: The `start` with which another stream continues after the last batch.
 
     Raises:
-        InputError: If the images are of no known kind, there are none, or, with `stop`, a file is missing or, as far as
-            its header and checksums tell, cannot be read. What only decoding shows comes up in its place.
+        InputError: If the images are of no supported kind, there are none, or, with `stop`, a file is missing or its header
+            or checksum shows that it is not readable. What only decoding shows is raised when the image is reached.
+
+    Examples:
+        >>> from vit_probe import sample_photographs
+        >>> stream = ImageStream(sample_photographs(3), Preprocessing(size=(32, 32), resize=36), batch_size=2)
+        >>> [tuple(batch.shape) for batch in stream]
+        [(2, 3, 32, 32), (1, 3, 32, 32)]
+        >>> stream.names
+        ['china', 'flower', 'grace_hopper']
     """
 
     def __init__(
@@ -82,33 +98,34 @@ class ImageStream:
         if on_error not in ("stop", "skip"):
             raise InputError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
         self.preprocessing, self.batch_size, self.on_error = preprocessing, batch_size, on_error
-        self._share = Share(start, *shard)
+        self._shard = Shard(start, *shard)
         self._keep = keep
-        self._done: Mapping[str, Any] | None = None
-        self._manifest = ImageManifest(position=start)
+        self._resume_state: Mapping[str, Any] | None = None
+        self.manifest = ImageManifest(position=start)
         self._source = open_source(images, batch_size)
         total, first = self._source.total, self._source.first
         if total is not None and start > total:
-            raise InputError(f"start is {start}, but there are {total} images")
-        self.count = None if total is None else len(self._share.indices(total))
+            raise InputError(f"start is {start}, but there are only {total} images")
+        self.count = None if total is None else len(self._shard.indices(total))
         if isinstance(first, Tensor):
             height, width = first.shape[-2:]
             self.image_size = (height, width)
         elif preprocessing is None:
             raise InputError(
-                "this model does not say how photographs are prepared for it; pass preprocessing=Preprocessing(...) or tensors"
+                "this model does not define how photographs are preprocessed; pass preprocessing=Preprocessing(...), or tensors"
             )
         else:
             self.image_size = preprocessing.size
         if on_error == "stop" and isinstance(self._source, IndexedImages):
-            for _ in parallel_map(check_image, self._source.files(self._share)):
+            # A missing or broken file is better reported now than hours into a run.
+            for _ in parallel_map(check_image, self._source.files(self._shard)):
                 pass
 
     def identity(self) -> str:
-        """A hash of the whole list of images, made without decoding any, that tells it from other lists.
+        """A hash that identifies the whole list of images, computed without decoding any.
 
-        Of files it takes paths as given and sizes; of tensors, and photographs in memory, the numbers; of datasets and
-        iterables their class, their length if they have one, and kind and shape of the first image.
+        It covers paths as given and file sizes; the values of tensors and of photographs in memory; and, of datasets and
+        iterables, their class, their length if they have one, and type and shape of the first image.
         """
         return self._identity
 
@@ -117,162 +134,162 @@ class ImageStream:
         return self._source.identity()
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch channel height width"]]:
-        """Goes through the images; for an iterator, such as a generator, once only."""
-        done, self._done = self._done, None
-        self._manifest = ImageManifest(position=self._share.start) if done is None else ImageManifest.restored(done)
-        if done is not None:
-            self._keep_again()
-        with closing(self._given() if isinstance(self._source, Batches) else self._prepared()) as batches:
-            for images, record in batches:
-                wanted = max(self._keep - len(self.names), 0)
-                if self.preprocessing is not None and images is not None and wanted:
-                    pictures = self.preprocessing.denormalize(images[:wanted])
-                    record.pictures = dict(zip(record.indices, pictures, strict=False))
-                self._manifest.add(record)
+        """Yield the batches; an iterator, such as a generator, can be used for one iteration only."""
+        state, self._resume_state = self._resume_state, None
+        self.manifest = ImageManifest(position=self._shard.start) if state is None else ImageManifest.from_state(state)
+        if state is not None:
+            self._restore_pictures()
+        with closing(
+            self._given_batches() if isinstance(self._source, BatchedImages) else self._prefetched_batches()
+        ) as batches:
+            for images, manifest in batches:
+                missing = max(self._keep - len(self.names), 0)
+                if self.preprocessing is not None and images is not None and missing:
+                    pictures = self.preprocessing.denormalize(images[:missing])
+                    manifest.pictures = dict(zip(manifest.indices, pictures, strict=False))
+                self.manifest.extend(manifest)
                 if images is not None:
                     yield images
-        if self._share == Share():
-            self._manifest.check_any()
+        if self._shard == Shard():  # the images of one shard may all be unreadable as long as another shard has some
+            self.manifest.check_not_all_skipped()
 
     @property
     def names(self) -> list[str]:
-        return self._manifest.names
+        return self.manifest.names
 
     @property
     def indices(self) -> list[int]:
-        return self._manifest.indices
+        return self.manifest.indices
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        return self._manifest.skipped
+        return self.manifest.skipped
 
     @property
     def position(self) -> int:
-        return self._manifest.position
+        return self.manifest.position
 
     def kept(self) -> np.ndarray | None:
         """The photographs kept for display, uint8 (image, height, width, channel).
 
-        None where no preprocessing is known, or the images came before a state that `resume` took and cannot be had again.
+        None if there is no preprocessing to undo, or if the images came before the state given to `resume` and cannot be
+        read again.
         """
-        return self._manifest.shown(self._keep)
+        return self.manifest.first_pictures(self._keep)
 
     def provenance(self) -> dict[str, Any]:
-        """Number, names and hash of the images that the last iteration went through, and why others were left out."""
-        return self._manifest.provenance()
+        """Count, names and hash of the images that the last iteration yielded, and why others were skipped."""
+        return self.manifest.provenance()
 
     def state(self) -> dict[str, Any]:
-        """What `resume` needs to go on after the batch given last."""
-        return self._manifest.state()
+        """The state from which `resume` continues after the last batch."""
+        return self.manifest.state()
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Has the next iteration begin where `state` was taken, of a stream of the same images, with what came before."""
-        self._done = state
+        """Make the next iteration continue from the `state` of a stream of the same images, and include its record."""
+        self._resume_state = state
 
-    def record(self) -> ImageManifest:
-        """What the last iteration went through, for `merge`."""
-        return self._manifest
-
-    def merge(self, records: Sequence[ImageManifest]) -> list[int]:
-        """Makes what the streams of all shards went through that of this one, in the order of the whole list.
+    def merge(self, manifests: Sequence[ImageManifest]) -> list[int]:
+        """Replace the manifest by those of all shards together, in the order of the whole list.
 
         Args:
-            records: Of all shards, this one included.
+            manifests: Those of all shards, this one included.
 
         Returns:
-            For each image, its place among those of the first shard, followed by those of the second and so on.
+            For each image, its place among the images of the first shard, followed by those of the second and so on.
 
         Raises:
             InputError: If there were images, and none could be read.
         """
-        together = ImageManifest()
-        for record in records:
-            together.add(record)
-        together.position = max(record.position for record in records)
-        self._manifest, order = together.in_order()
-        self._manifest.keep_pictures(self._keep)
-        self._manifest.check_any()
+        merged = ImageManifest()
+        for manifest in manifests:
+            merged.extend(manifest)
+        merged.position = max(manifest.position for manifest in manifests)
+        self.manifest, order = merged.in_order()
+        self.manifest.drop_pictures_after(self._keep)
+        self.manifest.check_not_all_skipped()
         return order
 
-    def _keep_again(self) -> None:
-        """Prepares the photographs once more that are kept for display and that an earlier run went through."""
+    def _restore_pictures(self) -> None:
+        """Prepare once more the photographs that are kept for display and that came before the resumed state."""
         if self.preprocessing is None or not isinstance(self._source, IndexedImages):
             return
-        wanted = set(self.indices[: self._keep])
-        for sample in self._source.draw(self._share):
-            if sample.index > max(wanted, default=-1):
+        missing = set(self.indices[: self._keep])
+        for sample in self._source.samples(self._shard):
+            if sample.index > max(missing, default=-1):
                 break
-            if sample.index in wanted and (image := self._prepare(sample).image) is not None:
-                (self._manifest.pictures[sample.index],) = self.preprocessing.denormalize(image[None])
+            if sample.index in missing and (image := self._prepare(sample).image) is not None:
+                (self.manifest.pictures[sample.index],) = self.preprocessing.denormalize(image[None])
 
-    def _given(self) -> Generator[_Batch, None, None]:
+    def _given_batches(self) -> Generator[_Batch, None, None]:
         """Batches that were given as such."""
-        assert isinstance(self._source, Batches)
-        for indices, images in self._source.draw(replace(self._share, start=self.position)):
+        assert isinstance(self._source, BatchedImages)
+        for indices, images in self._source.batches(replace(self._shard, start=self.position)):
             self._check_size(images)
-            digests = [hashlib.sha256(_numbers(image)).hexdigest() for image in images]
+            digests = [hashlib.sha256(_raw_bytes(image)).hexdigest() for image in images]
             yield _Batch(
                 images, ImageManifest(indices[-1] + 1, [f"image {index}" for index in indices], list(indices), digests)
             )
 
-    def _prepared(self) -> Generator[_Batch, None, None]:
-        """Batches of images, prepared ahead."""
-        assert not isinstance(self._source, Batches)
+    def _prefetched_batches(self) -> Generator[_Batch, None, None]:
+        """Batches of single images, prepared ahead of their use."""
+        assert not isinstance(self._source, BatchedImages)
         stopped = Event()
-        sample = takewhile(lambda _: not stopped.is_set(), self._source.draw(replace(self._share, start=self.position)))
-        return prefetch(self._batched(parallel_map(self._prepare, sample)), _AHEAD, stopped)
+        samples = self._source.samples(replace(self._shard, start=self.position))
+        # Checked for each image, so that leaving the iteration early does not wait for the rest of a batch.
+        samples = takewhile(lambda _: not stopped.is_set(), samples)
+        return prefetch(self._collect_batches(parallel_map(self._prepare, samples)), _PREFETCHED_BATCHES, stopped)
 
-    def _prepare(self, sample: Sample) -> _Prepared:
-        """What a worker does for one image."""
+    def _prepare(self, sample: Sample) -> _PreparedImage:
+        """Read, decode, hash and preprocess one image, in a worker thread."""
         item = sample.item
         try:
             if isinstance(item, InputError):
                 raise item
             if isinstance(item, Tensor):
-                return _Prepared(sample, item, hashlib.sha256(_numbers(item)).hexdigest())
+                return _PreparedImage(sample, item, hashlib.sha256(_raw_bytes(item)).hexdigest())
             if not isinstance(item, Image.Image):
                 item = decode_image(item, sample.name) if isinstance(item, bytes) else read_image(item)
             assert self.preprocessing is not None
             with decoding(sample.name):
-                return _Prepared(sample, self.preprocessing(item), hashlib.sha256(item.tobytes()).hexdigest())
+                return _PreparedImage(sample, self.preprocessing(item), hashlib.sha256(item.tobytes()).hexdigest())
         except InputError as error:
             if self.on_error == "stop":
                 raise
-            return _Prepared(sample, reason=str(error))
+            return _PreparedImage(sample, reason=str(error))
 
-    def _batched(self, prepared: Generator[_Prepared, None, None]) -> Generator[_Batch, None, None]:
-        """Gathers images into batches."""
-        record, images = ImageManifest(), list[Tensor]()
+    def _collect_batches(self, prepared: Generator[_PreparedImage, None, None]) -> Generator[_Batch, None, None]:
+        manifest, images = ImageManifest(), list[Tensor]()
         with closing(prepared):
             for one in prepared:
-                record.position = one.sample.index + 1
+                manifest.position = one.sample.index + 1
                 if one.image is None:
-                    record.skipped.append((one.sample.name, one.reason))
-                    record.skipped_indices.append(one.sample.index)
+                    manifest.skipped.append((one.sample.name, one.reason))
+                    manifest.skipped_indices.append(one.sample.index)
                     continue
                 self._check_size(one.image)
                 images.append(one.image)
-                record.names.append(one.sample.name)
-                record.indices.append(one.sample.index)
-                record.digests.append(one.digest)
+                manifest.names.append(one.sample.name)
+                manifest.indices.append(one.sample.index)
+                manifest.digests.append(one.digest)
                 if len(images) == self.batch_size:
-                    yield _Batch(_stacked(images), record)
-                    record, images = ImageManifest(), []
-        if images or record.skipped:
-            yield _Batch(_stacked(images) if images else None, record)
+                    yield _Batch(_stack(images), manifest)
+                    manifest, images = ImageManifest(), []
+        if images or manifest.skipped:
+            yield _Batch(_stack(images) if images else None, manifest)
 
     def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
         if (height, width) != self.image_size:
             raise InputError(
-                f"images of {height} x {width} pixels follow ones of {self.image_size[0]} x {self.image_size[1]}; measure one "
-                "size at a time"
+                f"all images must have the same size, got {height} x {width} pixels after "
+                f"{self.image_size[0]} x {self.image_size[1]}; resize them, or measure one size at a time"
             )
 
 
 @dataclass
-class _Prepared:
-    """An image as the model takes it, with the hash of its pixels; or why there is none."""
+class _PreparedImage:
+    """A preprocessed image with the hash of its pixels, or why it was skipped."""
 
     sample: Sample
     image: Tensor | None = None
@@ -281,18 +298,18 @@ class _Prepared:
 
 
 class _Batch(NamedTuple):
-    """Images, None where all that was left was broken; and what was gone through since the batch before."""
+    """Images, or None if all that remained were skipped; and the record of what came since the batch before."""
 
     images: Tensor | None
-    record: ImageManifest
+    manifest: ImageManifest
 
 
-def _numbers(images: Tensor) -> Any:
+def _raw_bytes(images: Tensor) -> Any:
     return images.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def _stacked(images: list[Tensor]) -> Float[Tensor, "batch channel height width"]:
-    """The images as one tensor; by NumPy where it can, as torch would start threads of its own in this one."""
+def _stack(images: list[Tensor]) -> Float[Tensor, "batch channel height width"]:
+    """Stack images; in NumPy where possible, because torch would start its own thread pool in the prefetching thread."""
     if all(image.dtype == torch.float32 and image.device.type == "cpu" for image in images):
         return torch.from_numpy(np.stack([image.detach().numpy() for image in images]))
     return torch.stack(images)

@@ -1,4 +1,4 @@
-"""The processes that share the images of a run: which of them this one is, and what they tell each other."""
+"""The group of processes that share the images of a run."""
 
 from __future__ import annotations
 
@@ -8,131 +8,141 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
-from vit_probe.errors import InputError, ProcessGone, SharedInputError
+from vit_probe.errors import InputError, ProcessExited, SharedInputError
 
-__all__ = ["Processes"]
+__all__ = ["ProcessGroup"]
 
-_START = timedelta(minutes=10)  # for all processes to come
-# For all to be through with their shares. A process that ends breaks its connection, which the others see at once; a host that
-# loses power or its network breaks none, and is waited for until whoever started the processes ends them.
-_SHARE = timedelta(days=365)
+_CONNECT_TIMEOUT = timedelta(minutes=10)
+# For the processes to finish their shares, which may take very different times. It need not detect failures: a process that
+# exits closes its connections, which the others notice at once. (A host that loses power or its network closes none; then the
+# others wait until whoever started them stops them.)
+_RUN_TIMEOUT = timedelta(days=365)
 _Value = TypeVar("_Value")
 
 
-class Processes:
-    """The processes that share the images of a run, and which of them this one is; one alone, unless told otherwise.
+class ProcessGroup:
+    """The processes that share the images of a run, and the place of this one among them; by default, this one alone.
 
-    All they tell each other goes to or from the first, and lies in the CPU's memory: it goes over gloo, and takes none of a
-    GPU's memory. They meet when they first do something `together`; one process alone talks to nobody, and does not import
-    `torch.distributed`.
+    All communication goes to or from the main process (rank 0), over gloo and through CPU memory: it takes no GPU memory.
+    The processes connect at the first `barrier`. A single process does not import `torch.distributed`.
 
     Args:
-        rank: The number of this one, from 0.
-        count: How many there are.
-        local_rank: The number of this one among those on the same machine.
+        rank: Index of this process, from 0.
+        world_size: Number of processes.
+        local_rank: Index of this process among those on the same machine.
+
+    Examples:
+        >>> processes = ProcessGroup()
+        >>> processes.is_main, processes.gather("value"), processes.broadcast("value")
+        (True, ['value'], 'value')
+        >>> ProcessGroup(rank=1, world_size=2).is_main
+        False
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
-        self.rank, self.count, self.local_rank = rank, count, local_rank
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self._group: Any = None
-        self._meeting = False
+        self._connecting = False
 
     @classmethod
     def from_env(cls) -> Self:
-        """What the environment says, as `torchrun` sets it; without it, one process.
+        """The group that the environment variables of `torchrun` describe; without them, a single process.
 
         Raises:
-            InputError: If the environment makes no sense.
+            InputError: If the variables are invalid.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        said = {name: os.environ[name] for name in names if name in os.environ}
-        if "WORLD_SIZE" not in said or "RANK" not in said:
+        values = {name: os.environ[name] for name in names if name in os.environ}
+        if "WORLD_SIZE" not in values or "RANK" not in values:
             return cls()
-        if not all(value.isdecimal() for value in said.values()) or int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+        if not all(value.isdecimal() for value in values.values()) or int(values["RANK"]) >= int(values["WORLD_SIZE"]):
             raise InputError(
-                f"the environment says {' '.join(f'{name}={value}' for name, value in said.items())}, which is no process of "
-                "several; start with torchrun, or unset these"
+                f"the environment variables {' '.join(f'{name}={value}' for name, value in values.items())} are invalid: they "
+                "must be integers with RANK from 0 to WORLD_SIZE - 1; start the processes with torchrun, or unset the variables"
             )
-        return cls(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said.get("LOCAL_RANK", said["RANK"])))
+        return cls(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values.get("LOCAL_RANK", values["RANK"])))
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that gathers, writes and prints."""
+        """Whether this is the process that gathers, writes and prints."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of this process where all are told to use `name`: a GPU of its own, as long as there are enough."""
-        if self.count == 1 or name not in ("auto", "cuda"):
+        """The device that this process uses for `name`: for `auto` and `cuda` a GPU of its own, if there are enough."""
+        if self.world_size == 1 or name not in ("auto", "cuda"):
             return name
         import torch
 
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else name
 
-    def init(self, limit: timedelta = _START) -> None:
-        """Meets the others, unless that is done.
+    def init(self, timeout: timedelta = _CONNECT_TIMEOUT) -> None:
+        """Connect to the other processes, unless that is done already.
 
         Raises:
-            InputError: If they cannot be met within `limit`.
+            InputError: If they cannot be reached within `timeout`.
         """
-        if self.count == 1 or self._group is not None:
+        if self.world_size == 1 or self._group is not None:
             return
         from torch import distributed
 
-        self._meeting = True
+        self._connecting = True
         try:
-            distributed.init_process_group("gloo", timeout=limit)
-            distributed.barrier()  # all are there before they make the group whose limit is too long to wait for them
-            self._group = distributed.new_group(timeout=_SHARE)
+            distributed.init_process_group("gloo", timeout=timeout)
+            # All are there before they make the group for the run, whose timeout is too long to wait for a missing one.
+            distributed.barrier()
+            self._group = distributed.new_group(timeout=_RUN_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"the other processes cannot be met ({reason}); start all {self.count} with torchrun, or give each RANK, "
-                "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                f"cannot connect to the other processes ({reason}); start all {self.world_size} with torchrun, or set RANK, "
+                "WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
             ) from error
 
-    def leave(self) -> None:
-        """Leaves the others, if it has met them."""
-        if not self._meeting:
+    def destroy(self) -> None:
+        """Disconnect from the other processes, if connected."""
+        if not self._connecting:
             return
         from torch import distributed
 
-        self._group, self._meeting = None, False
+        self._group, self._connecting = None, False
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     def gather(self, value: _Value) -> list[_Value]:
-        """In the first process the values of all, by rank; in the others nothing.
+        """In the main process the values of all processes, by rank; in the others an empty list.
 
         Raises:
-            ProcessGone: If one of them has ended.
+            ProcessExited: If one of them has exited.
         """
         if self.is_main:
-            return [value, *(self._received(rank) for rank in range(1, self.count))]
+            return [value, *(self._receive(rank) for rank in range(1, self.world_size))]
         self._send(value, 0)
         return []
 
     def broadcast(self, value: _Value) -> _Value:
-        """In all processes the value of the first.
+        """In all processes the value of the main process.
 
         Raises:
-            ProcessGone: If one of them has ended.
+            ProcessExited: If one of them has exited.
         """
         if not self.is_main:
-            return self._received(0)
-        for rank in range(1, self.count):
+            return self._receive(0)
+        for rank in range(1, self.world_size):
             self._send(value, rank)
         return value
 
     @contextmanager
     def barrier(self) -> Iterator[None]:
-        """What is done within it succeeds in all processes or in none; all meet before it, and wait at its end for each other.
+        """Context manager whose body succeeds in all processes or fails in all; they wait for each other at its end.
+
+        Connects to the other processes first, if that is not done.
 
         Raises:
-            InputError: If the others cannot be met.
-            SharedInputError: In all, if one or more met an InputError; that of the lowest rank.
-            ProcessGone: If one of them has ended.
+            InputError: If the others cannot be reached.
+            SharedInputError: In all processes, if the body raised an InputError in any; with the message of the lowest rank.
+            ProcessExited: If one of them has exited.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
         self.init()
@@ -141,10 +151,12 @@ class Processes:
             yield
         except InputError as error:
             failure = error
-        met = self.gather(None if failure is None else str(failure))
-        sentence = self.broadcast(next((sentence for sentence in met if sentence is not None), None))
-        if sentence is not None:
-            raise SharedInputError(sentence) from failure
+        messages = self.gather(None if failure is None else str(failure))
+        message = self.broadcast(next((message for message in messages if message is not None), None))
+        if message is not None:
+            raise SharedInputError(message) from failure
+
+    # Point to point rather than by collectives, which fail without saying which process has exited.
 
     def _send(self, value: object, rank: int) -> None:
         from torch import distributed
@@ -152,17 +164,17 @@ class Processes:
         try:
             distributed.send_object_list([value], dst=rank, group=self._group)
         except RuntimeError as error:
-            raise self._gone(rank) from error
+            raise self._exited(rank) from error
 
-    def _received(self, rank: int) -> Any:
+    def _receive(self, rank: int) -> Any:
         from torch import distributed
 
         value = [None]
         try:
             distributed.recv_object_list(value, src=rank, group=self._group)
         except RuntimeError as error:
-            raise self._gone(rank) from error
+            raise self._exited(rank) from error
         return value[0]
 
-    def _gone(self, rank: int) -> ProcessGone:
-        return ProcessGone(f"process {rank} of {self.count} (counted from 0) has ended before its time")
+    def _exited(self, rank: int) -> ProcessExited:
+        return ProcessExited(f"process {rank} of {self.world_size} (counting from 0) exited before the run was complete")

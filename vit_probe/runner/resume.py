@@ -1,4 +1,4 @@
-"""How far a run has come, in one small file, so that it can go on after any interruption."""
+"""The progress of a run in one small file, so that it can resume after any interruption."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from vit_probe.errors import InputError
 
 __all__ = ["RunState", "differing", "read_state", "state_file", "write_state"]
 
-_FILE = re.compile(r"run-state(?:-\d+-of-(\d+))?\.safetensors")
+_STATE_FILE = re.compile(r"run-state(?:-\d+-of-(\d+))?\.safetensors")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run has done so far.
+    """The progress of a run.
 
     Args:
-        images: What the stream of images keeps of those it has gone through.
-        measures: What each measure has added up.
-        max_batch_size: How many images memory holds, where it did not hold a batch.
+        images: State of the stream of images; see `ImageStream.state`.
+        measures: State of each measure.
+        max_batch_size: Largest batch that fits in memory, if one did not; see `AdaptiveBatcher`.
     """
 
     images: dict[str, Any]
@@ -36,52 +36,71 @@ class RunState:
     max_batch_size: int | None = None
 
 
-def state_file(folder: Path, rank: int, count: int, *, resume: bool) -> Path:
-    """Where one of `count` processes keeps its state in `folder`; what earlier runs left there is removed, unless to go on.
+def state_file(folder: Path, rank: int, world_size: int, *, resume: bool) -> Path:
+    """The path of a process's state in `folder`; without `resume`, deletes the states of earlier runs there.
 
     Raises:
-        InputError: If it is to go on with a run of another number of processes.
+        InputError: If the run to resume was started with another number of processes.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     state_file(Path(folder), rank=0, world_size=2, resume=True).name
+        'run-state-0-of-2.safetensors'
     """
-    for found in (match for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))):
-        earlier = int(found[1] or 1)
+    for path in folder.iterdir():
+        match = _STATE_FILE.fullmatch(path.name)
+        if match is None:
+            continue
+        earlier = int(match[1] or 1)
         if not resume:
-            (folder / found[0]).unlink(missing_ok=True)
-        elif earlier != count:
+            path.unlink(missing_ok=True)  # another process may have deleted it first
+        elif earlier != world_size:
             raise InputError(
-                f"{folder} holds the state of a run in {_processes(earlier)}, and this one is in {_processes(count)}; go on "
-                f"in {_processes(earlier)}, or start without --resume"
+                f"{folder} holds the state of a run in {_processes(earlier)}, but this run is in {_processes(world_size)}; "
+                f"resume in {_processes(earlier)}, or omit --resume to start again"
             )
-    return folder / ("run-state.safetensors" if count == 1 else f"run-state-{rank}-of-{count}.safetensors")
+    return folder / ("run-state.safetensors" if world_size == 1 else f"run-state-{rank}-of-{world_size}.safetensors")
 
 
 def write_state(path: Path, identity: Mapping[str, Any], state: RunState) -> Path:
-    """Writes the state, whole or not at all: arrays as safetensors, the rest as its metadata.
+    """Write the state of a run atomically: arrays as safetensors, the rest as JSON in their metadata.
 
     Args:
-        path: Where to.
-        identity: What the run is of, by name: its model, images and options.
-        state: How far it has come.
+        path: File to write.
+        identity: What the run was started with, by name: model, images and options.
+        state: Its progress.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> identity = {"model": "vit_small", "images": "photographs"}
+        >>> with TemporaryDirectory() as folder:
+        ...     path = write_state(Path(folder) / "state", identity, RunState({"position": 16}, measures=[]))
+        ...     read_state(path, identity)
+        RunState(images={'position': 16}, measures=[], max_batch_size=None)
     """
     arrays: dict[str, np.ndarray] = {}
-    plain: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     for index, values in enumerate(state.measures):
-        found = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        arrays |= {f"{index}/{name}": np.ascontiguousarray(value) for name, value in found.items()}
-        plain.append({name: value for name, value in values.items() if name not in found})
+        named_arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        arrays |= {f"{index}/{name}": np.ascontiguousarray(value) for name, value in named_arrays.items()}
+        others.append({name: value for name, value in values.items() if name not in named_arrays})
     content = {
         "identity": _as_json(identity),
         "images": state.images,
-        "measures": plain,
+        "measures": others,
         "max_batch_size": state.max_batch_size,
     }
     return write_bytes(path, save(arrays, metadata={"vit_probe_state": json.dumps(content)}))
 
 
 def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
-    """Reads what `write_state` wrote; None if there is no such file.
+    """Read what `write_state` wrote; None if the file does not exist.
 
     Raises:
-        InputError: If the file is no state, or that of a run of another model, other images or other options.
+        InputError: If the file is not the state of a run, or belongs to a run of another model, other images or other options.
     """
     if not path.is_file():
         return None
@@ -91,31 +110,36 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         content = json.loads(metadata["vit_probe_state"])
     except (SafetensorError, KeyError):
-        raise InputError(f"{path} is no state of a run; delete it, or start without going on") from None
+        raise InputError(f"{path} is not the state of a run; delete it, or omit --resume") from None
     if names := differing(identity, content["identity"]):
         raise InputError(
-            f"{path} is the state of another run, which differs in its {names}; to go on with it, give what it "
-            "was started with, or start without going on"
+            f"{path} is the state of another run, which differs in its {names}; to resume that run, pass what it was started "
+            "with; to start again, delete the file or omit --resume"
         )
-    measures = [dict(plain) for plain in content["measures"]]
+    measures = [dict(values) for values in content["measures"]]
     for name, array in arrays.items():
         index, _, field = name.partition("/")
         measures[int(index)][field] = array
-    return RunState(content["images"], measures, content.get("max_batch_size"))
+    return RunState(content["images"], measures, content["max_batch_size"])
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What the runs of two identities differ in, in words; empty if in nothing."""
-    theirs = _as_json(other)
-    return _listed([name for name, value in _as_json(one).items() if theirs.get(name) != value])
+    """List the names in `one` whose values differ in `other`, as a phrase for a message; empty if all are equal.
+
+    Examples:
+        >>> differing({"model": 1, "images": 2, "options": 3}, {"model": 1, "images": 0, "options": 0})
+        'images and options'
+    """
+    other = _as_json(other)
+    return _join([name for name, value in _as_json(one).items() if other.get(name) != value])
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON will give it back, so that what is equal compares equal."""
+    """The values as JSON returns them (tuples as lists, for one), so that they compare equal to those read from a file."""
     return dict(json.loads(json.dumps(values, default=str)))
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 

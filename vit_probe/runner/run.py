@@ -1,4 +1,4 @@
-"""Taking images through a model while measures watch its attention."""
+"""One pass of images through a model, observed by any number of measures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from vit_probe.attention.hooks import attention_hooks
-from vit_probe.attention.intercept import evaluated
+from vit_probe.attention.intercept import evaluation_mode
 from vit_probe.attention.tiles import AttentionObserver
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.data.stream import Images, ImageStream
 from vit_probe.errors import InputError
 from vit_probe.results import software_versions, weights_sha256
 from vit_probe.runner.auto_batch import AdaptiveBatcher
-from vit_probe.runner.distributed import Processes
+from vit_probe.runner.distributed import ProcessGroup
 from vit_probe.runner.protocol import Measure, PerImage
 from vit_probe.runner.resume import RunState, differing, read_state, write_state
 from vit_probe.tokens.grid import TokenGrid, first_parameter
@@ -37,20 +37,29 @@ class AttentionRun:
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
         images: See `vit_probe.data.stream.Images`.
-        grid: Where the patches lie; read from the model if None.
+        grid: Where the patches lie; determined from the model if None.
         preprocessing: How photographs are prepared; the model's own if None.
-        batch_size: Images a forward pass.
-        device: `auto` leaves a model where it is unless that is the CPU, and then takes CUDA or MPS where there is one;
-            or a device of torch. The model is moved back afterwards.
-        keep_images: How many photographs to keep for display; see `ImageStream.kept`.
-        on_error: What becomes of a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
-        processes: Those that share the images; all of them must make a run of the same model and images.
+        batch_size: Images per forward pass.
+        device: `auto` leaves a model where it is unless that is the CPU, and then takes CUDA or MPS if available; or a torch
+            device. The model is moved back afterwards.
+        keep_images: Number of photographs to keep for display; see `ImageStream.kept`.
+        on_error: What happens with a photograph that cannot be read: `stop` raises, `skip` leaves it out and lists it.
+        processes: The processes that share the images; each of them must make a run of the same model and images.
 
     Attributes:
-        layers, skipped, windows: See `vit_probe.tokens.locate.TokenLayout`.
+        layout: What `locate_tokens` found for these images.
+        grid, layers, skipped, windows: Fields of the layout.
 
     Raises:
-        InputError: If the images cannot be used, or it cannot be told where the model's tokens lie.
+        InputError: If the images cannot be used, or the positions of the model's tokens cannot be determined.
+
+    Examples:
+        >>> from vit_probe import load_model, mean_attention_distance
+        >>> run = AttentionRun(load_model("demo"), torch.zeros(2, 3, 64, 64))
+        >>> distance = mean_attention_distance.observer(run.grid, windows=run.windows)
+        >>> run.observe(distance)
+        >>> run.result(distance).num_images
+        2
     """
 
     def __init__(
@@ -64,23 +73,23 @@ class AttentionRun:
         device: str = "auto",
         keep_images: int = 0,
         on_error: Literal["stop", "skip"] = "stop",
-        processes: Processes | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         self.model = model
-        self.processes = processes or Processes()
+        self.processes = processes or ProcessGroup()
         self._home = first_parameter(model).device
         stays = device == "auto" and self._home.type != "cpu"
         self.device = self._home if stays else select_device(self.processes.device(device))
         preprocessing = preprocessing or getattr(model, "preprocessing", None)
-        shard = (self.processes.rank, self.processes.count)
+        shard = (self.processes.rank, self.processes.world_size)
         self.images = ImageStream(
             images, preprocessing, batch_size=batch_size, keep=keep_images, on_error=on_error, shard=shard
         )
         with self._on_device():
-            found = locate_tokens(model, *self.images.image_size, grid=grid)
-        self._found = found
+            self.layout = locate_tokens(model, *self.images.image_size, grid=grid)
+        self.grid, self.windows = self.layout.grid, self.layout.windows
+        self.layers, self.skipped = self.layout.layers, self.layout.skipped
         self._batcher = AdaptiveBatcher()
-        self.grid, self.windows, self.layers, self.skipped = found.grid, found.windows, found.layers, found.skipped
 
     def observe(
         self,
@@ -89,94 +98,102 @@ class AttentionRun:
         state: Path | None = None,
         every: int = 20,
     ) -> None:
-        """Shows `measures` the attention of every layer on every image; `progress` is told the images of each batch.
+        """Show `measures` the attention of every layer on every image.
 
-        Measures with `update_tokens` (see `vit_probe.tokens.hidden_states.TokenObserver`) are shown the patch tokens that each block passes
-        on, in the same forward pass. It ends after the last layer's attention, or after the last block where there are such
-        measures. A batch that memory does not hold is halved, and so are those after it, though not below what every measure
-        needs. Each of several processes shows its share of the images; then `measures` and `images` of the first have those of
-        all, in the order of the whole list, and the others go on as soon as it has them.
+        Measures with `update_tokens` (see `vit_probe.tokens.hidden_states.TokenObserver`) are also shown the patch tokens after
+        each block, in the same forward pass, which ends after the last block then, and else after the last layer's attention. A
+        batch that runs out of memory is split and retried, and later batches are smaller, but not smaller than every measure
+        needs. Each of several processes shows its share of the images; then the `measures` and `images` of the main process
+        hold those of all, in the order of the whole list.
 
         Args:
-            measures: Observers for `attention_hooks`; with `state` or in several processes, measures of this package, and in
-                several that have seen nothing yet.
-            progress: Called after each batch; with what was done before, where the run goes on.
-            state: A file that keeps how far the run has come, for each process its own. Where it is there already, the run goes
-                on from it, and ends with the numbers of a run that was never interrupted.
-            every: Batches after which the state is written.
+            measures: Observers for `attention_hooks`. With `state` or in several processes they must be resumable
+                (`vit_probe.runner.protocol.Measure`), and in several processes they must be empty.
+            progress: Called after each batch with its number of images; on resuming, first with the number already done.
+            state: File that records how far the run has come, one for each process. If it exists, the run continues from it,
+                and ends with the numbers of a run that was never interrupted.
+            every: Number of batches after which the state is written.
 
         Raises:
-            InputError: If a measure cannot use the attention, the images are not as they were announced, the blocks of the
-                model do not show their tokens, memory does not hold as many images as all measures need, or the state is of
-                another run.
-            ProcessGone: If another process has ended. What this one has done is in `state`, where that was given.
+            InputError: If a measure cannot use the attention, the images differ from what was announced, the blocks of the
+                model do not show their tokens, fewer images fit into memory than all measures need, or the state is of another
+                run.
+            ProcessExited: If another process has ended. What this one has done is in `state`, if that was given.
         """
-        several = self.processes.count > 1
-        kept = [measure for measure in measures if isinstance(measure, Measure)] if several or state is not None else []
-        if (several or state is not None) and len(kept) < len(measures):
+        several = self.processes.world_size > 1
+        resumable = [measure for measure in measures if isinstance(measure, Measure)] if several or state is not None else []
+        if (several or state is not None) and len(resumable) < len(measures):
             raise InputError(
-                "a run with observers that cannot be kept (see vit_probe.runner.protocol.Measure) has no state, and is in one process"
+                "observers without a state (see vit_probe.runner.protocol.Measure) can be shown a run in one process only, and "
+                "the run cannot be resumed; leave out state=, or give them one"
             )
-        identity = self._identity(kept) if several or state is not None else {}
-        fresh = [deepcopy(measure) for measure in kept] if several else []
+        identity = self._identity(resumable) if several or state is not None else {}
+        # Sums of other processes are read into copies of the empty measures before they are merged.
+        empty = [deepcopy(measure) for measure in resumable] if several else []
 
-        def keep() -> None:
+        def save_state() -> None:
             if state is not None:
-                done = [measure.state() for measure in kept]
+                done = [measure.state() for measure in resumable]
                 write_state(state, identity, RunState(self.images.state(), done, self._batcher.max_batch_size))
 
-        self._check_alike(identity)
+        self._check_same_in_all_processes(identity)
         with self.processes.barrier():
-            found = None if state is None else read_state(state, identity)
-        if found is not None:
-            self.images.resume(found.images)
-            self._batcher.max_batch_size = found.max_batch_size
-            for measure, values in zip(kept, found.measures, strict=True):
+            earlier = None if state is None else read_state(state, identity)
+        if earlier is not None:
+            self.images.resume(earlier.images)
+            self._batcher.max_batch_size = earlier.max_batch_size
+            for measure, values in zip(resumable, earlier.measures, strict=True):
                 measure.restore(values)
             if progress is not None:
-                progress(len(found.images["names"]))
+                progress(len(earlier.images["names"]))
         dtype = first_parameter(self.model).dtype
         of_tokens = [measure for measure in measures if isinstance(measure, TokenObserver)]
         with (
             self._on_device(),
-            evaluated(self.model),
+            evaluation_mode(self.model),
             attention_hooks(self.model, *measures) as hooks,
-            token_hooks(self.model, self._found, of_tokens),
+            token_hooks(self.model, self.layout, of_tokens),
         ):
+            # Whatever follows the last layer's attention costs time and is not looked at.
             hooks.stop_after = None if of_tokens else len(self.layers) - 1
             for number, batch in enumerate(self.images, start=1):
                 self._batcher.forward(self.model, batch.to(self.device, dtype), measures)
+                # A model may choose its layers by its input. Sums over different layers would make one wrong table.
                 if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():
                     raise InputError(
-                        f"{type(self.model).__name__} attends otherwise in this batch than before: its layers were "
-                        f"{self.layers}, now they are {hooks.layers}, and {hooks.skipped} were passed by"
+                        f"{type(self.model).__name__} attends differently in this batch than before: its layers were "
+                        f"{self.layers}, now they are {hooks.layers}, and {hooks.skipped} were skipped"
                     )
                 if progress is not None:
                     progress(len(batch))
                 if number % every == 0:
-                    keep()
-        keep()
+                    save_state()
+        save_state()  # also of the last, incomplete stretch: drawing may fail, and would cost the whole run
         if several:
-            self._gather(kept, fresh)
+            self._gather(resumable, empty)
 
-    def _gather(self, measures: Sequence[Measure], fresh: Sequence[Measure]) -> None:
-        """Adds what the other processes have to what the first has, in the order of the whole list."""
+    def result(self, measure: Measure) -> Any:
+        """The result of a measure that has observed this run, with its provenance."""
+        return measure.compute(self.provenance(measure.options), names=self.images.names, images=self.images.kept())
+
+    def _gather(self, measures: Sequence[Measure], empty: Sequence[Measure]) -> None:
+        """Merge the sums of all processes into those of the main one, in the order of the whole list."""
         with self.processes.barrier():
-            found = self.processes.gather((self.images.record(), [measure.state() for measure in measures]))
+            shares = self.processes.gather((self.images.manifest, [measure.state() for measure in measures]))
             if not self.processes.is_main:
                 return
-            for _, states in found[1:]:
-                for measure, other, state in zip(measures, fresh, states, strict=True):
+            for _, states in shares[1:]:
+                for measure, other, state in zip(measures, empty, states, strict=True):
                     other.restore(state)
                     measure.merge(other)
-            order = self.images.merge([record for record, _ in found])
+            order = self.images.merge([manifest for manifest, _ in shares])
             for measure in measures:
                 if isinstance(measure, PerImage):
                     measure.reorder(order)
 
-    def _check_alike(self, identity: dict[str, Any]) -> None:
-        """Raises InputError in all processes unless they have the same model, images and options."""
-        identity = identity | {"on_error": self.images.on_error}  # with another, a run may go on
+    def _check_same_in_all_processes(self, identity: dict[str, Any]) -> None:
+        """Raise InputError in all processes unless they have the same model, images and options."""
+        identity = identity | {"on_error": self.images.on_error}  # a resumed run may have another, processes may not
         with self.processes.barrier():
             for rank, other in enumerate(self.processes.gather(identity)):
                 if names := differing(identity, other | {"process": 0}):
@@ -186,25 +203,26 @@ class AttentionRun:
                     )
 
     def _identity(self, measures: Sequence[Measure]) -> dict[str, Any]:
-        """What a state must be of to be gone on with."""
+        """What must be the same for a run to be resumed."""
         config = self._model_provenance["config"]
         return {
             "model": {
                 "weights": self._model_provenance["weights_sha256"],
-                "config": config if isinstance(config, dict) else None,  # all else may print as an address
+                # Other types may print as a memory address, which differs in every process.
+                "config": config if isinstance(config, dict) else None,
             },
             "images": self.images.identity(),
             "preprocessing": asdict(self.images.preprocessing) if self.images.preprocessing else None,
             "grid": asdict(self.grid),
             "batch size": self.images.batch_size,
-            "measures": [[type(measure).__name__, measure.options] for measure in measures],
-            "number of processes": self.processes.count,
+            "measures": [[measure.name, measure.options] for measure in measures],
+            "number of processes": self.processes.world_size,
             "process": self.processes.rank,
         }
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Has the model on the run's device, and at the end where it was."""
+        """Move the model to the run's device, and back at the end."""
         try:
             if self.device != self._home:
                 self.model.to(self.device)
@@ -234,7 +252,7 @@ class AttentionRun:
 
 
 def model_config(model: nn.Module) -> Any:
-    """The model's configuration, by name where it is a dataclass or transformers' own; None if it has none."""
+    """The model's configuration, as a dictionary if it is a dataclass or of transformers; None if it has none."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):  # transformers
         config = config.to_dict()
@@ -264,5 +282,5 @@ def select_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"no device {name!r} can be used here ({reason}); choose auto, cpu, cuda or mps") from None
+        raise InputError(f"device {name!r} is not available ({reason}); choose auto, cpu, cuda or mps") from None
     return device

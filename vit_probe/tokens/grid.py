@@ -1,10 +1,11 @@
-"""Which tokens are patches, where they lie, and how large a patch is."""
+"""Where tokens lie on the image: the grid of patches, functions of the offset between them, and windows."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from vit_probe.errors import InputError
 
 __all__ = [
+    "OffsetFunction",
+    "OffsetTable",
     "TokenGrid",
     "Windows",
     "first_convolution",
@@ -23,6 +26,10 @@ __all__ = [
     "input_channels",
     "read_patch_size",
 ]
+
+
+OffsetFunction = Callable[[Tensor, Tensor], Tensor]
+"""From the offsets dx and dy from query to key to a number for each of them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class TokenGrid:
         patch_size: Height and width of a patch in pixels of the model's input.
         num_prefix_tokens: Tokens before the patches (class token, distillation token, registers).
         has_cls_token: Whether the first of them is a class token.
+
+    Examples:
+        >>> grid = TokenGrid(14, 14, (16, 16), num_prefix_tokens=1, has_cls_token=True)
+        >>> grid.num_tokens, round(grid.uniform_distance(), 2)
+        (197, 116.49)
     """
 
     rows: int
@@ -47,7 +59,7 @@ class TokenGrid:
         if self.rows < 1 or self.cols < 1 or min(self.patch_size) < 1 or self.num_prefix_tokens < 0:
             raise InputError(f"a token grid needs positive rows, columns and patch sizes and no negative prefix, got {self}")
         if self.has_cls_token and self.num_prefix_tokens == 0:
-            raise InputError(f"a class token is a prefix token, but {self} counts none")
+            raise InputError(f"a class token is a prefix token, but {self} has none")
 
     @property
     def num_patches(self) -> int:
@@ -72,41 +84,90 @@ class TokenGrid:
         x = (torch.arange(self.cols, dtype=torch.float64) + 0.5) * width
         return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
 
-    def distances(
-        self, start: int = 0, stop: int | None = None, *, device: torch.device | None = None, out: Tensor | None = None
-    ) -> Float[Tensor, "query patch"]:
-        """Euclidean distance in pixels from the patches `start` to `stop` to every patch, in float32; written to `out`."""
-        start, stop, _ = slice(start, stop).indices(self.num_patches)
-        table = _row_distances(self, device)
-        distances = torch.empty(stop - start, self.num_patches, device=device) if out is None else out
-        for row in range(start // self.cols, -(-stop // self.cols)):
-            first, last = max(start, row * self.cols), min(stop, (row + 1) * self.cols)
-            columns = table[first - row * self.cols : last - row * self.cols]
-            distances[first - start : last - start] = columns.narrow(1, (self.rows - 1 - row) * self.cols, self.num_patches)
-        return distances
+    def offsets(self) -> tuple[Float[Tensor, "row_offset col_offset"], Float[Tensor, "row_offset col_offset"]]:
+        """Offsets (dx, dy) in pixels from a query patch to a key patch, for every offset that occurs on the grid, in float64.
+
+        The middle entry is the offset 0; dx grows to the right and dy downwards.
+        """
+        height, width = self.patch_size
+        dy = torch.arange(1 - self.rows, self.rows, dtype=torch.float64) * height
+        dx = torch.arange(1 - self.cols, self.cols, dtype=torch.float64) * width
+        dy, dx = torch.meshgrid(dy, dx, indexing="ij")
+        return dx, dy
 
     def uniform_distance(self) -> float:
-        """Mean attention distance, in pixels, of a head that attends to all patches alike."""
-        height, width = self.patch_size
-        down = torch.arange(self.rows, dtype=torch.float64)
-        right = torch.arange(self.cols, dtype=torch.float64)
-        # A pair of rows `n` apart occurs rows times (n = 0) or 2 * (rows - n) times among rows * rows pairs.
-        row_pairs = torch.where(down == 0, self.rows, 2 * (self.rows - down))
-        col_pairs = torch.where(right == 0, self.cols, 2 * (self.cols - right))
-        length = torch.hypot((down * height)[:, None], (right * width)[None, :])
-        return float((row_pairs[:, None] * col_pairs[None, :] * length).sum() / self.num_patches**2)
+        """Mean attention distance, in pixels, of a head that attends equally to all patches."""
+        return OffsetTable(self, torch.hypot).uniform()
 
 
-@lru_cache(maxsize=4)
-def _row_distances(grid: TokenGrid, device: torch.device | None) -> Float[Tensor, "col offset"]:
-    """Distances from a patch in each column to patches from `rows - 1` rows above to as many below, row by row.
+class OffsetTable:
+    """A function of the offset between two patches, tabulated for a grid.
 
-    Those of a patch to the patches of the grid lie side by side in it, so that no table of all pairs is needed.
+    The value of a pair of patches depends on their offset alone, so (2 rows - 1) x (2 cols - 1) entries stand for all
+    (rows cols)^2 pairs, and no matrix of all pairs is held.
+
+    Args:
+        grid: Where the patches lie.
+        function: From the offsets dx and dy (float64 tensors) to a value for each of them.
+        in_patches: Give the function offsets in units of patches instead of pixels.
+
+    Raises:
+        InputError: If the function does not return one finite number per offset.
     """
-    down = torch.arange(1 - grid.rows, grid.rows, dtype=torch.float64) * grid.patch_size[0]
-    right = torch.arange(1 - grid.cols, grid.cols, dtype=torch.float64) * grid.patch_size[1]
-    offsets = torch.hypot(down[:, None], right[None, :]).float()
-    return offsets.unfold(1, grid.cols, 1).flip(1).transpose(0, 1).reshape(grid.cols, -1).to(device)
+
+    def __init__(self, grid: TokenGrid, function: OffsetFunction, *, in_patches: bool = False) -> None:
+        self.grid = grid
+        dx, dy = grid.offsets()
+        if in_patches:
+            height, width = grid.patch_size
+            dx, dy = dx / width, dy / height
+        values = function(dx, dy)
+        got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        fits = isinstance(values, Tensor) and values.shape in ((), dx.shape)
+        if not fits or not torch.isfinite(values).all():
+            raise InputError(
+                f"a function of offsets must return one finite number per offset, a tensor of shape {tuple(dx.shape)}; got "
+                f"{got}{' with numbers that are not finite' if fits else ''}"
+            )
+        self.values: Float[Tensor, "row_offset col_offset"] = values.double().expand_as(dx)
+        self._by_column: dict[torch.device, Tensor] = {}
+
+    def rows(
+        self, start: int = 0, stop: int | None = None, *, device: torch.device | None = None, out: Tensor | None = None
+    ) -> Float[Tensor, "query patch"]:
+        """Values from the query patches `start` to `stop` to all patches, in float32; written to `out` if given."""
+        rows, cols, patches = self.grid.rows, self.grid.cols, self.grid.num_patches
+        start, stop, _ = slice(start, stop).indices(patches)
+        table = self._columns(torch.device("cpu") if device is None else device)
+        values = torch.empty(stop - start, patches, device=device) if out is None else out
+        for row in range(start // cols, -(-stop // cols)):
+            first, last = max(start, row * cols), min(stop, (row + 1) * cols)
+            # In the strip of a column, the values to the patches of the grid lie side by side, from the offset -row on.
+            strips = table[first - row * cols : last - row * cols]
+            values[first - start : last - start] = strips.narrow(1, (rows - 1 - row) * cols, patches)
+        return values
+
+    def pairs(self, queries: Int[Tensor, "query"], keys: Int[Tensor, "key"]) -> Float[Tensor, "query key"]:
+        """Values from some patches to some others, both counted row by row, in float64."""
+        rows, cols = self.grid.rows, self.grid.cols
+        down = keys // cols - (queries // cols)[:, None]
+        right = keys % cols - (queries % cols)[:, None]
+        return self.values[down + rows - 1, right + cols - 1]
+
+    def uniform(self) -> float:
+        """The mean over all pairs of patches: the expectation under uniform attention."""
+        rows, cols = self.grid.rows, self.grid.cols
+        # An offset of `n` rows occurs `rows - |n|` times.
+        down = rows - torch.arange(1 - rows, rows, dtype=torch.float64).abs()
+        right = cols - torch.arange(1 - cols, cols, dtype=torch.float64).abs()
+        return float((down[:, None] * right * self.values).sum() / self.grid.num_patches**2)
+
+    def _columns(self, device: torch.device) -> Float[Tensor, "col offset"]:
+        """For the patches of each column, the values from `rows - 1` rows above to as many below, row by row."""
+        if device not in self._by_column:
+            strips = self.values.float().unfold(1, self.grid.cols, 1).flip(1).transpose(0, 1)
+            self._by_column[device] = strips.reshape(self.grid.cols, -1).to(device)
+        return self._by_column[device]
 
 
 _ALL = slice(None)
@@ -114,13 +175,13 @@ _ALL = slice(None)
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Where the tokens of a layer lie that attends within windows, or over coarser patches than the model's first layer.
+    """Where the tokens lie of a layer that attends within windows, or over coarser patches than the model's first layer.
 
     Args:
         grid: The patches of this layer, without prefix tokens.
         patches: Which patch each token of each window is, counted row by row; -1 for a token that is none (padding).
-        masked_pairs: Which tokens a mask hides from each other; None where there is no mask. (A shifted window that reaches over the
-            image's edge holds patches of opposite sides, which must not see each other.)
+        masked_pairs: Which pairs of tokens a mask hides from each other; None where there is no mask. (A shifted window that
+            reaches over the image's edge holds patches of opposite sides, which must not attend to each other.)
     """
 
     grid: TokenGrid
@@ -132,53 +193,52 @@ class Windows:
         """Which tokens are patches."""
         return self.patches >= 0
 
-    def distances(
-        self, windows: Int[Tensor, "window"] | slice = _ALL, queries: slice = _ALL
-    ) -> Float[Tensor, "window query key"]:
-        """Distance in pixels from some tokens of some windows to all their tokens, in float32; 0 to what is no patch."""
-        if self._whole:
-            return self.grid.distances(queries.start, queries.stop)[None].expand(len(self.patches[windows]), -1, -1)
-        return self._distances[windows][:, queries]
-
-    def uniform_distance(self) -> float:
-        """Mean attention distance, in pixels, of a head that attends alike to all patches that it may see."""
-        if self._whole:
-            return self.grid.uniform_distance()
-        total = 0.0
-        for index, (patches, is_patch) in enumerate(zip(self.patches, self.is_patch, strict=True)):
-            seen = is_patch.expand(len(patches), -1)
-            if self.masked_pairs is not None:
-                seen = seen & ~self.masked_pairs[index]
-            of_query = (self._between(patches) * seen).sum(dim=-1) / seen.sum(dim=-1).clamp_min(1)
-            total += float(of_query[is_patch].sum())
-        return total / self.grid.num_patches
-
     @cached_property
-    def _whole(self) -> bool:
-        """Whether there is but one window, of all patches row by row."""
+    def is_whole(self) -> bool:
+        """Whether there is a single window, of all patches row by row."""
         return self.masked_pairs is None and torch.equal(self.patches, torch.arange(self.grid.num_patches)[None])
 
-    @cached_property
-    def _distances(self) -> Float[Tensor, "window query key"]:
-        return torch.stack([self._between(patches).float() for patches in self.patches]) * self.is_patch[:, None, :]
+    def pairs(
+        self, table: OffsetTable, windows: Int[Tensor, "window"] | slice = _ALL, queries: slice = _ALL
+    ) -> Float[Tensor, "window query token"]:
+        """Values of `table` from some tokens of some windows to all their tokens, in float32; 0 to what is no patch."""
+        if self.is_whole:
+            return table.rows(queries.start or 0, queries.stop)[None].expand(len(self.patches[windows]), -1, -1)
+        chosen = self.patches[windows]
+        values = torch.stack([self._between(table, patches[queries], patches) for patches in chosen]).float()
+        return values * (chosen >= 0)[:, None, :]
 
-    def _between(self, patches: Int[Tensor, "token"]) -> Float[Tensor, "query key"]:
-        centres = self.grid.centres()[patches.clamp_min(0)]
-        return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    def uniform(self, table: OffsetTable) -> float:
+        """The mean value of a head that attends equally to all patches that each query may attend to."""
+        if self.is_whole:
+            return table.uniform()
+        total = 0.0
+        for index, (patches, is_patch) in enumerate(zip(self.patches, self.is_patch, strict=True)):
+            visible = is_patch.expand(len(patches), -1)
+            if self.masked_pairs is not None:
+                visible = visible & ~self.masked_pairs[index]
+            per_query = (self._between(table, patches, patches) * visible).sum(dim=-1) / visible.sum(dim=-1).clamp_min(1)
+            total += float(per_query[is_patch].sum())
+        return total / self.grid.num_patches
+
+    def _between(
+        self, table: OffsetTable, queries: Int[Tensor, "query"], keys: Int[Tensor, "token"]
+    ) -> Float[Tensor, "query token"]:
+        return table.pairs(queries.clamp_min(0), keys.clamp_min(0))  # padding takes any patch's value; callers zero it
 
 
 def read_patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of a patch in pixels, from the timm or transformers configuration, else from the first convolution
-    if its stride equals its kernel.
+    """Height and width of a patch in pixels: from the model's own description, or from its first convolution if its stride
+    equals its kernel.
 
     Raises:
-        InputError: If the model does not tell, or drops patches at random.
+        InputError: If neither is there, or the model drops patches at random.
     """
     if getattr(getattr(model, "config", None), "mask_ratio", None) is not None:
-        raise InputError(f"{type(model).__name__} drops and shuffles patches at random, so that none has a place of its own")
+        raise InputError(f"{type(model).__name__} drops and shuffles patches at random, so they have no fixed positions")
     embedding = getattr(model, "patch_embed", None)
     named = getattr(embedding, "patch_size", None)
-    if embedding is not None and hasattr(embedding, "feat_ratio"):  # timm: pixels a token, a hybrid's stem included
+    if embedding is not None and hasattr(embedding, "feat_ratio"):  # timm: pixels per token, including a hybrid's stem
         named = embedding.feat_ratio(as_scalar=False)
     if named is None:
         named = getattr(getattr(model, "config", None), "patch_size", None)  # transformers
@@ -190,30 +250,30 @@ def read_patch_size(model: nn.Module) -> tuple[int, int]:
     if first is not None and first.kernel_size == first.stride and max(first.stride) > 1:
         return int(first.stride[0]), int(first.stride[1])
     raise InputError(
-        f"cannot tell the patch size of {type(model).__name__}: it has no patch_embed.patch_size and no config.patch_size, and "
-        "its first convolution is not one whose stride equals its kernel; pass grid=TokenGrid(...)"
+        f"cannot determine the patch size of {type(model).__name__}: it has no patch_embed.patch_size, no config.patch_size, "
+        "and no first convolution whose stride equals its kernel; pass grid=TokenGrid(...)"
     )
 
 
 def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
-    """The convolution that sees the image, and its path; None if there is no convolution."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return next(found, ("", None))
+    """Path of the convolution that sees the image, and the convolution; an empty path and None if there is none."""
+    convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, ("", None))
 
 
 def input_channels(model: nn.Module) -> int:
-    """The colour channels of the images that the model takes; 3 if it has no convolution to tell."""
+    """Number of colour channels of the model's images; 3 if it has no convolution."""
     _, first = first_convolution(model)
     return 3 if first is None else first.in_channels
 
 
 def first_parameter(model: nn.Module) -> Tensor:
-    """A parameter whose device and floating-point type are taken for the model's; an empty tensor if there is none."""
+    """The first floating-point parameter, whose device and type stand for the model's; an empty tensor if there is none."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor of numbers that are not whole in what a module is given or returns, one or several; None if none is."""
+    """The first floating-point tensor among the inputs or outputs of a module; None if there is none."""
     if not isinstance(values, list | tuple):
         values = (values,)
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)

@@ -1,4 +1,4 @@
-"""The patch tokens that pass from block to block, seen in the same forward pass as attention."""
+"""Patch tokens between the blocks: shown to observers while the model runs (`token_hooks`) or returned (`patch_tokens`)."""
 
 from __future__ import annotations
 
@@ -11,216 +11,247 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vit_probe.attention.intercept import ForwardStopped, evaluated
-from vit_probe.errors import TokensNotSeen
+from vit_probe.attention.intercept import ForwardStopped, evaluation_mode
+from vit_probe.errors import TokensNotFound
 from vit_probe.tokens.grid import TokenGrid, first_convolution, first_parameter, first_tensor
 from vit_probe.tokens.locate import TokenLayout
 
-__all__ = [
-    "TokenObserver",
-    "as_sequence",
-    "block_path",
-    "patch_tokens",
-    "token_hooks",
-]
+__all__ = ["TokenObserver", "block_path", "patch_tokens", "token_hooks"]
 
 
 @runtime_checkable
 class TokenObserver(Protocol):
-    """A measure that is shown hidden tokens, the layers of each forward pass in order.
+    """An observer of hidden states: it is shown the patch tokens after each block, in the order of the layers.
 
-    These are the patch tokens that a block passes on: after its residual connections, before the final normalisation. Prefix
-    tokens are left out; the tokens that enter the first block are not shown. The images come in order. In a model that merges
-    patches, later layers have fewer of them. The tokens are the model's own: they are not to be written to.
+    These are the tokens that a block passes on: after its residual connections and before the final normalisation, without
+    prefix tokens. The tokens that enter the first block are not shown. The images come in order. In a model that merges
+    patches, later layers have fewer tokens. The tensors are the model's own and must not be written to.
+
+    Examples:
+        >>> class MeanNorm:
+        ...     def __init__(self):
+        ...         self.by_layer = {}
+        ...
+        ...     def update_tokens(self, layer, tokens):
+        ...         self.by_layer[layer] = tokens.norm(dim=-1).mean().item()
+        >>> isinstance(MeanNorm(), TokenObserver)
+        True
     """
 
     def update_tokens(self, layer: int, tokens: Float[Tensor, "image patch dim"]) -> None: ...
 
 
 @contextmanager
-def token_hooks(model: nn.Module, found: TokenLayout, observers: Sequence[TokenObserver]) -> Iterator[None]:
-    """Shows the patch tokens of every layer to `observers` while `model` is called within the context.
+def token_hooks(model: nn.Module, layout: TokenLayout, observers: Sequence[TokenObserver]) -> Iterator[None]:
+    """Show the patch tokens after every block to `observers` while `model` runs inside the context.
 
-    Each call of the model ends, with `ForwardStopped`, once the last block's tokens have been shown. Without observers nothing
-    is done. At the end of the context, also after an exception, every trace is gone.
+    Each call of the model ends, with `ForwardStopped`, after the last block's tokens were shown. Without observers, nothing is
+    hooked. All hooks are removed at the end, also after an exception.
 
     Args:
         model: Any Vision Transformer.
-        found: What `survey` found for images of this size.
-        observers: Shown each layer in turn.
+        layout: Result of `locate_tokens` for images of this size.
+        observers: Called in turn with the tokens of each layer.
 
     Raises:
-        TokensNotSeen: At once, if the model's blocks cannot be told apart; while the model runs, if they do not pass the tokens
-            on from one to the next.
+        TokensNotFound: On entering the context, if the model's blocks cannot be identified; while the model runs, if they do
+            not pass the tokens on from one to the next.
+
+    Examples:
+        >>> from contextlib import suppress
+        >>> import torch
+        >>> from vit_probe import VisionTransformer, ViTConfig
+        >>> from vit_probe.tokens.locate import locate_tokens
+        >>> class Shapes:
+        ...     def update_tokens(self, layer, tokens):
+        ...         print(layer, tuple(tokens.shape))
+        >>> model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3))
+        >>> layout = locate_tokens(model, 32, 32)
+        >>> with token_hooks(model, layout, [Shapes()]), suppress(ForwardStopped):
+        ...     model(torch.randn(5, 3, 32, 32))
+        0 (5, 16, 24)
+        1 (5, 16, 24)
     """
     if not observers:
         yield
         return
-    paths = [block_path(model, found, layer) for layer in range(len(found.layers))]
-    passing = _Passing(found, [path in found.seq_first for path in paths], observers)
+    paths = [block_path(model, layout, layer) for layer in range(len(layout.layers))]
+    hooks = _BlockHooks(layout, [path in layout.seq_first for path in paths], observers)
     handles = [
-        model.register_forward_pre_hook(passing.begin, with_kwargs=True),
-        model.register_forward_hook(passing.end),
+        model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
+        model.register_forward_hook(hooks.after_model),
     ]
     try:
         for layer, path in enumerate(paths):
-            show = partial(passing.show, layer)
-            handles.append(model.get_submodule(path).register_forward_hook(show, with_kwargs=True))
+            after_block = partial(hooks.after_block, layer)
+            handles.append(model.get_submodule(path).register_forward_hook(after_block, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Passing:
-    """The tokens of one forward pass on their way from block to block."""
+class _BlockHooks:
+    """The hooks of `token_hooks`, and how far a forward pass has come."""
 
-    def __init__(self, found: TokenLayout, seq_first: Sequence[bool], observers: Sequence[TokenObserver]) -> None:
-        self._found = found
-        self._token_first = seq_first
+    def __init__(self, layout: TokenLayout, seq_first: Sequence[bool], observers: Sequence[TokenObserver]) -> None:
+        self._layout = layout
+        self._seq_first = seq_first
         self._observers = observers
-        self._images = 0
-        self._next = 0  # the layer whose tokens come next
-        self._passed: Tensor | None = None  # what the block before passed on
+        self._num_images = 0
+        self._next_layer = 0
+        self._previous: Tensor | None = None  # the output of the block before
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         images = first_tensor((*args, *kwargs.values()))
-        self._images = 0 if images is None else len(images)
-        self._next, self._passed = 0, None
+        self._num_images = 0 if images is None else len(images)
+        self._next_layer, self._previous = 0, None
 
-    def show(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def after_block(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = first_tensor((*args, *kwargs.values()))
-        if layer != self._next or not self._takes_what_was_passed(layer, given):
-            raise TokensNotSeen(
-                f"the block around {self._found.layers[layer]} does not take the tokens from the block before it; what that "
-                "one returns is not what passes from layer to layer"
+        # A module's output may be only a branch, which the model adds to the tokens itself (parallel attention in timm): it is
+        # the tokens if the next block gets it.
+        if layer != self._next_layer or not self._gets_previous_output(layer, given):
+            raise TokensNotFound(
+                f"the block around {self._layout.layers[layer]} does not take the tokens from the block before it, so that "
+                "block's output is not what passes from layer to layer"
             )
-        passed = first_tensor(output)
-        tokens = self._sequence(layer, passed)
+        tensor = first_tensor(output)
+        tokens = self._patches(layer, tensor)
         for observer in self._observers:
             observer.update_tokens(layer, tokens)
-        self._next, self._passed = layer + 1, passed
-        if self._next == len(self._found.layers):
-            self._passed = None
+        self._next_layer, self._previous = layer + 1, tensor
+        if self._next_layer == len(self._layout.layers):
+            self._previous = None
             raise ForwardStopped
 
-    def _sequence(self, layer: int, tokens: Tensor | None) -> Float[Tensor, "image patch dim"]:
-        return as_sequence(tokens, self._images, self._found, layer, seq_first=self._token_first[layer])
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Only reached if not every block was called as a module: the last one ends the forward pass.
+        name = self._layout.layers[self._next_layer]
+        raise TokensNotFound(
+            f"{type(module).__name__} does not call the block around {name} as a module, so its output cannot be observed"
+        )
 
-    def _takes_what_was_passed(self, layer: int, given: Tensor | None) -> bool:
-        """Whether a block is given the patch tokens of the one before; of another shape, as merged ones are, they may be."""
-        before = self._passed
-        if given is None or before is None or given is before or given.shape != before.shape:
-            return True
-        return torch.equal(self._sequence(layer, given), self._sequence(layer, before))
+    def _patches(self, layer: int, tensor: Tensor | None) -> Float[Tensor, "image patch dim"]:
+        return _select_patches(tensor, self._num_images, self._layout, layer, seq_first=self._seq_first[layer])
 
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Called where the forward pass did not end at the last block."""
-        name = self._found.layers[self._next]
-        raise TokensNotSeen(f"{type(module).__name__} passes its images by the block around {name}, or calls it in its own way")
-
-
-class _Reached(BaseException):
-    """Ends a forward pass once the tokens are there; not an Exception, lest a model catch it."""
+    def _gets_previous_output(self, layer: int, given: Tensor | None) -> bool:
+        """Return whether a block got the patch tokens of the block before, as far as their shapes allow to compare."""
+        previous = self._previous
+        if given is None or previous is None or given is previous or given.shape != previous.shape:
+            return True  # merged patches have another shape
+        return torch.equal(self._patches(layer, given), self._patches(layer, previous))
 
 
 def patch_tokens(
-    model: nn.Module, images: Float[Tensor, "image channel height width"], found: TokenLayout, after_layers: int
+    model: nn.Module, images: Float[Tensor, "image channel height width"], layout: TokenLayout, after_layers: int
 ) -> tuple[Float[Tensor, "image patch dim"], TokenGrid]:
-    """The patch tokens that have passed the first `after_layers` layers, and their grid.
+    """Return the patch tokens after the first `after_layers` layers, and their grid.
 
-    With 0 layers these are the tokens that enter the first layer. They are taken as they go from block to block: after a
-    block's residual connections, before the final normalisation.
+    With 0 layers these are the tokens that enter the first layer. They are taken between blocks: after a block's residual
+    connections, before the final normalisation. The forward pass ends there.
 
     Args:
-        model: Any Vision Transformer.
+        model: Any Vision Transformer. It runs in evaluation mode and without gradients.
         images: On the CPU or the model's device.
-        found: What `survey` found for images of this size.
+        layout: Result of `locate_tokens` for images of this size.
         after_layers: From 0 to the number of layers.
 
     Raises:
-        TokensNotSeen: If the model's blocks cannot be told apart, or what they pass on are not the tokens.
+        TokensNotFound: If the model's blocks cannot be identified, or their outputs are not the tokens.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe import VisionTransformer, ViTConfig
+        >>> from vit_probe.tokens.locate import locate_tokens
+        >>> model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3))
+        >>> tokens, grid = patch_tokens(model, torch.randn(5, 3, 32, 32), locate_tokens(model, 32, 32), after_layers=1)
+        >>> tokens.shape
+        torch.Size([5, 16, 24])
+        >>> grid.rows, grid.cols
+        (4, 4)
     """
     layer = max(after_layers - 1, 0)
-    path = block_path(model, found, layer)
+    path = block_path(model, layout, layer)
     block = model.get_submodule(path)
-    passed: list[Any] = []
+    captured: list[Any] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        passed.append(first_tensor((*args, *kwargs.values())))
-        raise _Reached
+        captured.append(first_tensor((*args, *kwargs.values())))
+        raise ForwardStopped
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        passed.append(first_tensor(output))
-        raise _Reached
+        captured.append(first_tensor(output))
+        raise ForwardStopped
 
     if after_layers == 0:
         handle = block.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = block.register_forward_hook(after)
     try:
-        with evaluated(model), suppress(_Reached):
+        with evaluation_mode(model), suppress(ForwardStopped):
             model(images.to(first_parameter(model)))
     finally:
         handle.remove()
-    tokens = as_sequence(passed[0] if passed else None, len(images), found, layer, seq_first=path in found.seq_first)
-    return tokens, found.grid_of(layer)
+    tensor = captured[0] if captured else None
+    return _select_patches(tensor, len(images), layout, layer, seq_first=path in layout.seq_first), layout.grid_of(layer)
 
 
-def block_path(model: nn.Module, found: TokenLayout, layer: int) -> str:
-    """The path of the block around an attention layer, such as `blocks.0` around `blocks.0.attn`.
+def block_path(model: nn.Module, layout: TokenLayout, layer: int) -> str:
+    """Return the path of the block around an attention layer, such as `blocks.0` around `blocks.0.attn`.
 
-    It is the largest module with a forward pass of its own that holds no other attention layer, nor the first convolution;
-    in a model of one layer the largest of those that stand alone in a list, if any does: what is around may hold the final
-    norm.
+    It is the largest module with a forward pass of its own that holds neither another attention layer nor the first
+    convolution. In a model of one layer, where that may include the final normalisation, it is the largest such module that is
+    the only entry of a list, if there is any.
 
     Raises:
-        TokensNotSeen: If there is none: a module is called for several layers, or the model calls the attention itself.
+        TokensNotFound: If there is none: one module is called for several layers, or the model calls the attention itself.
     """
-    path = found.layers[layer]
+    path = layout.layers[layer]
     stem, convolution = first_convolution(model)
-    others = [*found.layers[:layer], *found.layers[layer + 1 :], *found.skipped, *([stem] if convolution else [])]
+    others = [*layout.layers[:layer], *layout.layers[layer + 1 :], *layout.skipped, *([stem] if convolution else [])]
     parts = path.split(".") if path else []
-    around = []
+    candidates = []
     for length in range(1, len(parts) + 1):
         ancestor = ".".join(parts[:length])
         is_list = type(model.get_submodule(ancestor)).forward is nn.Module.forward
         if not is_list and not any(f"{other}.".startswith(f"{ancestor}.") for other in others):
-            around.append(ancestor)
-    if len(found.layers) == 1:
-        around = [path for path in around if _stands_alone(model.get_submodule(path.rpartition(".")[0]))] or around
-    if around:
-        return around[0]
-    raise TokensNotSeen(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
+            candidates.append(ancestor)
+    if len(layout.layers) == 1:
+        in_lists = [path for path in candidates if _is_list_of_one(model.get_submodule(path.rpartition(".")[0]))]
+        candidates = in_lists or candidates
+    if candidates:
+        return candidates[0]
+    raise TokensNotFound(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
 
 
-def _stands_alone(parent: nn.Module) -> bool:
-    return isinstance(parent, nn.ModuleList | nn.Sequential) and len(parent) == 1
+def _is_list_of_one(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == 1
 
 
-def as_sequence(
-    tokens: Tensor | None, images: int, found: TokenLayout, layer: int, *, seq_first: bool
+def _select_patches(
+    tensor: Tensor | None, num_images: int, layout: TokenLayout, layer: int, *, seq_first: bool
 ) -> Float[Tensor, "image patch dim"]:
-    """The patches among what a block passes on, whichever way it lays out images, tokens and rows.
+    """Return the patch tokens in a block's output, whichever way it arranges images, tokens, rows and columns.
 
     Args:
-        tokens: What the block passes on.
-        images: How many.
-        found: What `survey` found for images of this size.
-        layer: Whose tokens these are.
-        seq_first: Whether the block has the tokens before the images; as many images as tokens do not tell.
+        tensor: The output of the block.
+        num_images: Images in the batch.
+        layout: Result of `locate_tokens` for images of this size.
+        layer: The layer inside the block.
+        seq_first: Whether the tokens come before the images, which the shape does not tell if there are as many of both.
 
     Raises:
-        TokensNotSeen: If these are not the tokens of the layer's grid.
+        TokensNotFound: If the shape does not fit the layer's grid.
     """
-    grid = found.grid_of(layer)
-    shape = None if tokens is None else tuple(tokens.shape)
-    if tokens is not None and shape is not None:
-        if shape[:3] == (images, grid.rows, grid.cols) and len(shape) == 4:
-            return tokens.flatten(1, 2)
-        sequence = tokens.transpose(0, 1) if seq_first and len(shape) == 3 else tokens
-        if len(shape) == 3 and sequence.shape[:2] == (images, grid.num_tokens):
-            return sequence[:, grid.num_prefix_tokens :]
-    raise TokensNotSeen(
-        f"the block around {found.layers[layer]} passes on a tensor of shape {shape}, which does not hold the tokens of {grid}"
+    grid = layout.grid_of(layer)
+    shape = None if tensor is None else tuple(tensor.shape)
+    if tensor is not None and shape is not None:
+        if shape[:3] == (num_images, grid.rows, grid.cols) and len(shape) == 4:
+            return tensor.flatten(1, 2)
+        tokens = tensor.transpose(0, 1) if seq_first and len(shape) == 3 else tensor
+        if len(shape) == 3 and tokens.shape[:2] == (num_images, grid.num_tokens):
+            return tokens[:, grid.num_prefix_tokens :]
+    raise TokensNotFound(
+        f"the block around {layout.layers[layer]} returns a tensor of shape {shape}, which does not hold the tokens of {grid}"
     )

@@ -1,4 +1,4 @@
-"""A model that passes nothing from token to token, so that each token tells what its own place on the image shows."""
+"""A model in which every token attends to itself alone, so that each query shows which pixels its token stands for."""
 
 from __future__ import annotations
 
@@ -12,177 +12,195 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vit_probe.attention.intercept import AttentionCall, AttentionRouter, ForwardStopped, intercepted
+from vit_probe.attention.intercept import AttentionCall, AttentionInterceptor, ForwardStopped, intercept_attention
 from vit_probe.tokens.grid import TokenGrid, first_parameter, first_tensor, input_channels
 
-__all__ = ["IdentityAttentionProbe", "Places"]
+__all__ = ["IdentityAttentionProbe", "TokenPositions"]
 
-_QUERY, _KEY = slice(0, 4), slice(4, 8)
-_MOVED = 1e-3  # of a query's size: a query that differs by more depends on the image
-_CLEAN = 1e-2  # of the difference between blank and filled: a query that misses both by more shows a mixture
+_QUERY, _KEY = slice(0, 4), slice(4, 8)  # the parts of a code
+_CHANGED = 1e-3  # relative to a query's mean size, well above float32's rounding: a query that changes by more is a patch's
+_MIXED = 1e-2  # relative to the change from blank to noise: a query that is farther from both shows a mixture of patches
 
 
 @dataclass
-class Places:
+class TokenPositions:
     """The row and the column of the patch that each token of a layer shows.
 
     Args:
         index: The row and the column.
-        mixed: Which tokens show a mixture of patches, so that these are the likeliest ones only.
+        mixed: Which tokens show a mixture of patches, so that their row and column are only the closest match.
     """
 
     index: Int[Tensor, "2 window token"]
     mixed: Bool[Tensor, "window token"]
 
     @classmethod
-    def unread(cls, shape: torch.Size) -> Places:
-        """All zero as yet."""
+    def zeros(cls, shape: torch.Size) -> TokenPositions:
+        """Row 0 and column 0 for every token, none of them mixed."""
         return cls(torch.zeros(2, *shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool))
 
 
-class IdentityAttentionProbe(AttentionRouter):
-    """Shows a model blank and filled pixels while in every attention layer each token attends to itself alone.
+class IdentityAttentionProbe(AttentionInterceptor):
+    """Runs a model on images of blank and noisy pixels while in every attention layer each token attends to itself alone.
+
+    Nothing then passes from token to token, so a token's query in any layer depends on the pixels of its own patch alone (and
+    on those that the stem mixes in). A patch is either blank or shows its part of one fixed noise image. Once the queries for
+    both are known, a query tells which of them its patch shows: one bit per patch and forward pass. Blank is zeros, the mean
+    colour in most preprocessing. Noise changes the query of every patch, whatever the weights.
+
+    The *code* of a token is a few numbers computed from its query, followed by as many computed from its key.
 
     Args:
         model: In evaluation mode, without gradients.
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Attributes:
-        blank: By layer, a few numbers that stand for each token's query, and for its key, when the whole image is blank.
-        filled: The same when it is filled with noise.
-        masked: By layer with a mask and windows, which tokens of a window the mask hides from each other.
-        seq_first: Module paths of whatever returns tensors with the one image in the second place.
+        blank_codes: The tokens' codes for an image that is all blank, by layer.
+        noise_codes: The same for an image that is all noise.
+        masked_pairs: Which pairs of tokens of a window the mask hides from each other, by layer with windows and a mask.
+        seq_first: Module paths of whatever returns tensors with the one image in the second dimension.
     """
 
     def __init__(self, model: nn.Module, height: int, width: int) -> None:
         super().__init__()
-        self.blank: dict[int, Float[Tensor, "window token 8"]] = {}
-        self.filled: dict[int, Float[Tensor, "window token 8"]] = {}
+        self.blank_codes: dict[int, Float[Tensor, "window token 8"]] = {}
+        self.noise_codes: dict[int, Float[Tensor, "window token 8"]] = {}
         self.masked_pairs: dict[int, Bool[Tensor, "window query key"]] = {}
         self.seq_first: set[str] = set()
         self._model = model
-        self._seen: dict[int, Tensor] = {}
+        self._codes: dict[int, Tensor] = {}
         shape = (1, input_channels(model), height, width)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # the same noise in all passes, or its codes could not be compared
         self._noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(first_parameter(model))
 
     def probe_blank(self) -> None:
-        """Fills `blank`, `masked` and `seq_first`, from a pass through the whole model."""
+        """Set `blank_codes`, `masked_pairs` and `seq_first`, by one pass through the whole model."""
         handles = [
             module.register_forward_hook(partial(self._note_layout, path)) for path, module in self._model.named_modules()
         ]
         try:
-            self.blank = self.show(torch.zeros(1, *self._noise.shape[2:], dtype=torch.bool))
+            self.blank_codes = self.codes(torch.zeros(1, *self._noise.shape[2:], dtype=torch.bool))
         finally:
             for handle in handles:
                 handle.remove()
 
     def probe_noise(self, last: int) -> None:
-        """Fills `filled` up to the layer `last`."""
-        self.filled = self.show(torch.ones(1, *self._noise.shape[2:], dtype=torch.bool), last)
+        """Set `noise_codes` up to the layer `last`."""
+        self.noise_codes = self.codes(torch.ones(1, *self._noise.shape[2:], dtype=torch.bool), last)
 
-    def show(self, where: Bool[Tensor, "image row col"], last: int | None = None) -> dict[int, Float[Tensor, "window token 8"]]:
-        """By layer, up to the layer `last`: what stands for queries and keys when these pixels are filled, the others blank."""
-        self._seen, self.stop_after = {}, last
-        with intercepted(self._model, self), suppress(ForwardStopped):
-            self._model(self._noise * where[:, None].to(self._noise.device))
-        return self._seen
+    def codes(
+        self, is_noise: Bool[Tensor, "image row col"], last: int | None = None
+    ) -> dict[int, Float[Tensor, "window token 8"]]:
+        """Return the tokens' codes by layer, up to the layer `last`, for images in which these pixels are noise."""
+        self._codes, self.stop_after = {}, last
+        with intercept_attention(self._model, self), suppress(ForwardStopped):
+            self._model(self._noise * is_noise[:, None].to(self._noise.device))
+        return self._codes
 
-    def depends(self, layer: int) -> Bool[Tensor, "window token"]:
-        """Which tokens depend on the image: the patches."""
-        size = torch.maximum(_size(self.blank[layer]), _size(self.filled[layer])).mean()
-        return self._contrast(layer) > _MOVED * size
+    def is_patch(self, layer: int) -> Bool[Tensor, "window token"]:
+        """Return which tokens are patches: those whose query depends on the image."""
+        size = torch.maximum(_norm(self.blank_codes[layer]), _norm(self.noise_codes[layer])).mean()
+        return self._contrast(layer) > _CHANGED * size
 
-    def places(self, patch_size: tuple[int, int], merged: Mapping[int, int]) -> dict[int, Places]:
-        """Where the patch lies that each token shows, read from one image for each bit of the rows' and columns' numbers.
+    def decode_positions(self, patch_size: tuple[int, int], merges: Mapping[int, int]) -> dict[int, TokenPositions]:
+        """Return the row and column of the patch that each token shows.
+
+        One image per bit of the row numbers, and one per bit of the column numbers: in each, those patches are noise whose row
+        (or column) number has the bit set.
 
         Args:
             patch_size: Height and width of the patches of the first layer, in pixels.
-            merged: By layer, how often patches were merged two by two before it. Only these layers are read.
+            merges: How often patches were merged two by two before a layer, by layer. Only these layers are decoded.
         """
-        found = {layer: Places.unread(self.filled[layer].shape[:2]) for layer in merged}
+        positions = {layer: TokenPositions.zeros(self.noise_codes[layer].shape[:2]) for layer in merges}
         for axis, (length, patch) in enumerate(zip(self._noise.shape[2:], patch_size, strict=True)):
             number = torch.arange(length) // patch
             for bit in range(int(number[-1]).bit_length()):
-                reached = [layer for layer, times in merged.items() if times <= bit]
-                if not reached:
+                # A merge joins patches that differ in the lowest bit, so each merge leaves one bit less to decode.
+                layers = [layer for layer, times in merges.items() if times <= bit]
+                if not layers:
                     continue
                 stripes = (number >> bit & 1).bool()
-                where = (stripes[:, None] if axis == 0 else stripes).expand(1, *self._noise.shape[2:])
-                seen = self.show(where, max(reached))
-                for layer in reached:
-                    to_blank, to_filled = (_size(seen[layer] - known[layer]) for known in (self.blank, self.filled))
-                    found[layer].index[axis] += self.is_filled(layer, seen[layer]).long() << (bit - merged[layer])
-                    found[layer].mixed |= torch.minimum(to_blank, to_filled) > _CLEAN * self._contrast(layer)
-        return found
+                is_noise = (stripes[:, None] if axis == 0 else stripes).expand(1, *self._noise.shape[2:])
+                codes = self.codes(is_noise, max(layers))
+                for layer in layers:
+                    from_blank, from_noise = (
+                        _norm(codes[layer] - known[layer]) for known in (self.blank_codes, self.noise_codes)
+                    )
+                    positions[layer].index[axis] += self.shows_noise(layer, codes[layer]).long() << (bit - merges[layer])
+                    positions[layer].mixed |= torch.minimum(from_blank, from_noise) > _MIXED * self._contrast(layer)
+        return positions
 
-    def patches(self, bits: Bool[Tensor, "row col"], grid: TokenGrid) -> Bool[Tensor, "1 row col"]:
-        """The pixels of those patches of `grid` whose bit is set."""
-        sides = zip(self._noise.shape[2:], grid.patch_size, bits.shape, strict=True)
+    def pixels_of(self, patches: Bool[Tensor, "row col"], grid: TokenGrid) -> Bool[Tensor, "1 row col"]:
+        """Return which pixels belong to the given patches of `grid`."""
+        sides = zip(self._noise.shape[2:], grid.patch_size, patches.shape, strict=True)
         row, col = ((torch.arange(length) // patch).clamp_max(count - 1) for length, patch, count in sides)
-        return bits[row][:, col][None]
+        return patches[row][:, col][None]
 
-    def is_filled(
-        self, layer: int, seen: Float[Tensor, "window token 8"], part: slice = _QUERY
+    def shows_noise(
+        self, layer: int, codes: Float[Tensor, "window token 8"], part: slice = _QUERY
     ) -> Bool[Tensor, "window token"]:
-        """Which tokens' queries (or keys) show noise rather than blank."""
-        return _size(seen - self.filled[layer], part) < _size(seen - self.blank[layer], part)
+        """Return which tokens' queries (or keys) are closer to noise than to blank."""
+        return _norm(codes - self.noise_codes[layer], part) < _norm(codes - self.blank_codes[layer], part)
 
-    def keys_agree(self, layer: int, seen: Float[Tensor, "window token 8"]) -> bool:
-        """Whether each patch's key shows what its query shows, as in self-attention."""
-        agree = self.is_filled(layer, seen, _KEY) == self.is_filled(layer, seen)
-        return bool(agree[self.depends(layer)].all())
+    def keys_match_queries(self, layer: int, codes: Float[Tensor, "window token 8"]) -> bool:
+        """Return whether each patch's key shows the same as its query, as in self-attention."""
+        match = self.shows_noise(layer, codes, _KEY) == self.shows_noise(layer, codes)
+        return bool(match[self.is_patch(layer)].all())
 
-    def keeps_images_apart(self, last: int) -> bool:
-        """Whether the windows and heads of a batch come image by image, all those of the first image first."""
-        both = self.show(torch.tensor([False, True])[:, None, None].expand(2, *self._noise.shape[2:]), last)
-        for layer, seen in both.items():
-            alone = torch.cat([self.blank[layer], self.filled[layer]])
-            if seen.shape != alone.shape or bool((_size(seen - alone) > _CLEAN * self._contrast(layer).amax()).any()):
+    def separates_images(self, last: int) -> bool:
+        """Return whether the windows and heads of a batch are ordered by image: all those of the first image come first."""
+        codes = self.codes(torch.tensor([False, True])[:, None, None].expand(2, *self._noise.shape[2:]), last)
+        for layer, both in codes.items():
+            expected = torch.cat([self.blank_codes[layer], self.noise_codes[layer]])
+            if both.shape != expected.shape or bool((_norm(both - expected) > _MIXED * self._contrast(layer).amax()).any()):
                 return False
         return True
 
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Notes the queries, and answers with the values, as if each token attended to itself alone."""
-        self._seen[call.layer] = torch.cat([_signature(call.query), _signature(call.key)], dim=-1)
-        if call.mask is not None and len(call.query) > 1 and not self.blank:
+    def handle_self_attention(self, call: AttentionCall) -> Tensor:
+        """Keep the codes, and return the values, as if each token attended to itself alone."""
+        self._codes[call.layer] = torch.cat([_code(call.query), _code(call.key)], dim=-1)
+        if call.mask is not None and len(call.query) > 1 and not self.blank_codes:
             self.masked_pairs[call.layer] = _masked_pairs(call.mask, call.query.shape)
         values = call.value
         if call.enable_gqa:
             values = values.repeat_interleave(call.query.shape[1] // values.shape[1], dim=1)
         return values.expand(*call.query.shape[:3], -1).contiguous()
 
-    def pass_by(self, query: Tensor, value: Tensor, fused: Callable[[], Tensor]) -> Tensor:
-        """Answers with zeros, so that nothing comes from other sequences."""
+    def handle_other_attention(self, query: Tensor, value: Tensor, fused: Callable[[], Tensor]) -> Tensor:
+        """Return zeros, so that nothing comes from other sequences."""
         return value.new_zeros(*query.shape[:-1], value.shape[-1])
 
-    def pass_weights(self, seen: tuple[Tensor, Any], unfused: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        """Of the output that passes nothing on, with the weights."""
-        return seen[0], unfused[1]
+    def handle_weights(self, intercepted: tuple[Tensor, Any], unfused: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Return the output of identity attention, with the weights that the model asked for."""
+        return intercepted[0], unfused[1]
 
     def _note_layout(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        # With a single image, a tensor of tokens tells which of its dimensions is that of the images.
         tokens = first_tensor(output)
         if tokens is not None and tokens.ndim == 3 and tokens.shape[0] > tokens.shape[1] == 1:
             self.seq_first.add(path)
 
     def _contrast(self, layer: int) -> Float[Tensor, "window token"]:
-        return _size(self.filled[layer] - self.blank[layer])
+        """How much each query changes from blank to noise."""
+        return _norm(self.noise_codes[layer] - self.blank_codes[layer])
 
 
 def _masked_pairs(mask: Tensor, shape: torch.Size) -> Bool[Tensor, "window query key"]:
-    """Which keys a mask hides from each query in every head. Additive ones of -100, which leave nothing in float32, count."""
+    """Return which keys a mask hides from each query in every head."""
+    # Swin adds -100 instead of -inf, whose exponential is 0 in float32; learned biases stay far from that.
     masked = ~mask if mask.dtype == torch.bool else mask < mask.amax(dim=-1, keepdim=True) - 50
     return masked.expand(*shape[:3], shape[2]).all(dim=1).cpu()
 
 
-def _signature(vectors: Float[Tensor, "window head token dim"]) -> Float[Tensor, "window token 4"]:
-    """A few numbers that stand for each token's vectors in all heads."""
-    together = vectors.transpose(1, 2).flatten(2).float()
+def _code(vectors: Float[Tensor, "window head token dim"]) -> Float[Tensor, "window token 4"]:
+    """Reduce each token's vectors in all heads to four numbers, by a fixed random projection."""
+    all_heads = vectors.transpose(1, 2).flatten(2).float()
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(together.shape[-1], 4, generator=generator, dtype=torch.float32).to(together.device)
-    return (together @ random).cpu().double()  # MPS knows no float64
+    projection = torch.randn(all_heads.shape[-1], 4, generator=generator, dtype=torch.float32).to(all_heads.device)
+    return (all_heads @ projection).cpu().double()  # MPS has no float64
 
 
-def _size(vectors: Float[Tensor, "window token 8"], part: slice = _QUERY) -> Float[Tensor, "window token"]:
-    return vectors[..., part].norm(dim=-1)
+def _norm(codes: Float[Tensor, "window token 8"], part: slice = _QUERY) -> Float[Tensor, "window token"]:
+    return codes[..., part].norm(dim=-1)
