@@ -9,7 +9,9 @@ Axes: attention is (layer, batch, head, query, key), prefix tokens first; patche
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -44,6 +46,28 @@ class AttentionEntropy:
     """(layer, head): attention on prefix tokens, mean over images and query patches."""
     self_mass: Array
     """(layer, head): attention of a query on itself, mean over images and query patches."""
+
+
+@dataclass(frozen=True)
+class AttentionOffset:
+    """What `attention_offset` returns, each for every image: (layer, batch, head) and the axes named below."""
+
+    dx: Array
+    """Mean offset to the right, in pixels."""
+    dy: Array
+    """Mean offset downwards, in pixels."""
+    aligned: Array
+    """(..., row offset, col offset): mean attention by offset from the query, which lies in the centre."""
+
+
+@dataclass(frozen=True)
+class AttentionSinks:
+    """What `attention_sinks` returns, each for every image."""
+
+    top_patch: Array
+    """(layer, batch, head): the attention of the patch that receives the most."""
+    prefix: Array
+    """(layer, batch, head, prefix): the attention of each prefix token."""
 
 
 def softmax_attention(query: ArrayLike, key: ArrayLike, scale: float, bias: ArrayLike | None = None) -> Array:
@@ -193,6 +217,230 @@ def attention_entropy(attention: ArrayLike, num_prefix_tokens: int, *, ddof: int
     squares = ((entropy - mean[:, None]) ** 2).sum(axis=1)
     std = np.sqrt(squares / (batch - ddof)) if batch > ddof else np.full_like(squares, np.nan)
     return AttentionEntropy(mean=mean, std=std, prefix_mass=prefix.sum(axis=1) / batch, self_mass=itself.sum(axis=1) / batch)
+
+
+def local_mass(
+    attention: ArrayLike,
+    rows: int,
+    cols: int,
+    radius: float,
+    num_prefix_tokens: int,
+    prefix: Literal["renormalize", "drop"],
+) -> Array:
+    """Share of each query patch's attention on patches at most `radius` patches away, averaged over query patches.
+
+    Args:
+        attention: (layer, batch, head, query, key), prefix tokens first.
+        rows: Patch rows.
+        cols: Patch columns.
+        radius: In patches; the query patch itself counts.
+        num_prefix_tokens: Tokens before the patches.
+        prefix: "renormalize" divides by each query's attention on all patches; "drop" does not.
+
+    Returns:
+        (layer, batch, head).
+    """
+    attention = np.asarray(attention, dtype=np.float64)
+    result = np.zeros(attention.shape[:3])
+    patches = rows * cols
+    for layer, image, head in np.ndindex(*attention.shape[:3]):
+        for i in range(patches):
+            near = total = 0.0
+            for j in range(patches):
+                weight = float(attention[layer, image, head, num_prefix_tokens + i, num_prefix_tokens + j])
+                total += weight
+                if math.sqrt((i // cols - j // cols) ** 2 + (i % cols - j % cols) ** 2) <= radius:
+                    near += weight
+            result[layer, image, head] += (near / total if prefix == "renormalize" else near) / patches
+    return result
+
+
+def attention_offset(
+    attention: ArrayLike, rows: int, cols: int, patch_size: tuple[int, int], num_prefix_tokens: int
+) -> AttentionOffset:
+    """Mean offset from each query patch to where it attends, and the mean map of attention around the query.
+
+    Each query patch's weights on patches are divided by their sum first.
+
+    Args:
+        attention: (layer, batch, head, query, key), prefix tokens first.
+        rows: Patch rows.
+        cols: Patch columns.
+        patch_size: Height and width of a patch in pixels.
+        num_prefix_tokens: Tokens before the patches.
+
+    References:
+        Walmer et al. 2023, arXiv:2212.03862, section 4, with mwalmer-umd/vit_analysis, analysis/attention_metrics.py.
+    """
+    attention = np.asarray(attention, dtype=np.float64)
+    shape, patches = attention.shape[:3], rows * cols
+    dx, dy = np.zeros((2, *shape))
+    aligned = np.zeros((*shape, 2 * rows - 1, 2 * cols - 1))
+    for place in np.ndindex(*shape):
+        for row in range(rows):
+            for col in range(cols):
+                weights = attention[place][num_prefix_tokens + row * cols + col, num_prefix_tokens:]
+                weights = weights / math.fsum(weights)
+                for key_row in range(rows):
+                    for key_col in range(cols):
+                        share = float(weights[key_row * cols + key_col]) / patches
+                        dy[place] += share * (key_row - row) * patch_size[0]
+                        dx[place] += share * (key_col - col) * patch_size[1]
+                        aligned[place][rows - 1 + key_row - row, cols - 1 + key_col - col] += share
+    return AttentionOffset(dx=dx, dy=dy, aligned=aligned)
+
+
+def attention_sinks(attention: ArrayLike, num_prefix_tokens: int) -> AttentionSinks:
+    """How much of the attention of all query patches single tokens receive.
+
+    Args:
+        attention: (layer, batch, head, query, key), prefix tokens first.
+        num_prefix_tokens: Tokens before the patches.
+
+    References:
+        Sun et al. 2024, arXiv:2402.17762; Darcet et al. 2024, arXiv:2309.16588.
+    """
+    attention = np.asarray(attention, dtype=np.float64)
+    tokens = attention.shape[-1]
+    top_patch = np.zeros(attention.shape[:3])
+    prefix = np.zeros((*attention.shape[:3], num_prefix_tokens))
+    for place in np.ndindex(*attention.shape[:3]):
+        received = [
+            math.fsum(attention[place][i, j] for i in range(num_prefix_tokens, tokens)) / (tokens - num_prefix_tokens)
+            for j in range(tokens)
+        ]
+        prefix[place] = received[:num_prefix_tokens]
+        top_patch[place] = max(received[num_prefix_tokens:])
+    return AttentionSinks(top_patch=top_patch, prefix=prefix)
+
+
+def token_similarity(tokens: ArrayLike) -> Array:
+    """Mean cosine of the angle between two different patch tokens of an image, over all pairs.
+
+    Args:
+        tokens: (layer, image, patch, dim), without prefix tokens. A token of zeros has the cosine 0 to all others.
+
+    Returns:
+        (layer, image).
+
+    References:
+        Gong et al. 2021, arXiv:2104.12753, section 3, without the absolute value.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
+    result = np.zeros(tokens.shape[:2])
+    for place in np.ndindex(*tokens.shape[:2]):
+        vectors = tokens[place].tolist()
+        cosines = []
+        for i, one in enumerate(vectors):
+            for j, other in enumerate(vectors):
+                if i != j:
+                    length = math.hypot(*one) * math.hypot(*other)
+                    product = math.fsum(a * b for a, b in zip(one, other, strict=True))
+                    cosines.append(product / length if length else 0.0)
+        result[place] = math.fsum(cosines) / len(cosines)
+    return result
+
+
+def feature_spectrum(
+    tokens: ArrayLike, rows: int, cols: int, profile: Literal["radial", "diagonal"] = "radial", *, floor: float = 1e-6
+) -> Array:
+    """Log amplitude of the patch tokens' two-dimensional Fourier transform, by frequency, less that of frequency 0.
+
+    The transform is taken channel by channel, F(u, v) = sum over rows r and columns s of x(r, s) e^(-2 pi i (u r / rows +
+    v s / cols)); log(|F| + `floor`) is averaged over the channels.
+
+    Args:
+        tokens: (layer, image, patch, dim), patches row by row, without prefix tokens.
+        rows: Patch rows.
+        cols: Patch columns.
+        profile: "radial": entry k is the mean over all frequencies whose length, in waves across the shorter side, is k after
+            rounding (halves to the even number), up to half the shorter side. "diagonal": entry k is the frequency (k, k) of a
+            square grid.
+        floor: Added to the amplitude before the logarithm.
+
+    Returns:
+        (layer, image, frequency).
+
+    References:
+        Park & Kim 2022, arXiv:2202.06709, figures 2a and 8, with xxxnell/how-do-vits-work, fourier_analysis.ipynb.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
+    side, dim = min(rows, cols), tokens.shape[-1]
+    length = side // 2 + 1 if profile == "radial" else math.ceil(rows / 2)
+    result = np.zeros((*tokens.shape[:2], length))
+    for place in np.ndindex(*tokens.shape[:2]):
+        rings: list[list[float]] = [[] for _ in range(length)]
+        for u in range(rows):
+            for v in range(cols):
+                amplitude = 0.0
+                for channel in range(dim):
+                    total = 0j
+                    for r in range(rows):
+                        for s in range(cols):
+                            turn = -2 * math.pi * (u * r / rows + v * s / cols)
+                            total += float(tokens[place][r * cols + s, channel]) * complex(math.cos(turn), math.sin(turn))
+                    amplitude += math.log(abs(total) + floor) / dim
+                if profile == "diagonal":
+                    ring = u if u == v else length
+                else:
+                    waves_down = Fraction(min(u, rows - u) * side, rows)  # frequencies beyond half the rows are negative ones
+                    waves_right = Fraction(min(v, cols - v) * side, cols)
+                    ring = round(math.sqrt(waves_down**2 + waves_right**2))
+                if ring < length:
+                    rings[ring].append(amplitude)
+        profile_values = [math.fsum(ring_values) / len(ring_values) for ring_values in rings]
+        result[place] = np.array(profile_values) - profile_values[0]
+    return result
+
+
+def unbiased_hsic(kernel: ArrayLike, other: ArrayLike) -> float:
+    """The unbiased estimator of the Hilbert-Schmidt independence criterion of two kernel matrices of the same images.
+
+    References:
+        Song et al. 2012, "Feature Selection via Dependence Maximization", JMLR 13, equation 5.
+    """
+    k, m = np.array(kernel, dtype=np.float64), np.array(other, dtype=np.float64)
+    count = len(k)
+    for index in range(count):
+        k[index, index] = m[index, index] = 0.0
+    ones = np.ones(count)
+    trace = sum(k[i, j] * m[j, i] for i in range(count) for j in range(count))
+    sums = (ones @ k @ ones) * (ones @ m @ ones) / ((count - 1) * (count - 2))
+    mixed = 2 / (count - 2) * (ones @ k @ m @ ones)
+    return float((trace + sums - mixed) / (count * (count - 3)))
+
+
+def linear_kernel(tokens: ArrayLike) -> Array:
+    """Inner products of the tokens (image, patch, dim) of all pairs of images."""
+    tokens = np.asarray(tokens, dtype=np.float64)
+    return np.array([[sum(a @ b for a, b in zip(one, other, strict=True)) for other in tokens] for one in tokens])
+
+
+def centred_kernel_alignment(layers: Sequence[ArrayLike], others: Sequence[ArrayLike], batch_sizes: Sequence[int]) -> Array:
+    """Linear CKA of all pairs of layers, with HSIC averaged over batches, each weighted with its number of images.
+
+    Args:
+        layers: The tokens (image, patch, dim) of each layer.
+        others: The same of the layers they are compared with.
+        batch_sizes: Images per batch; batches of fewer than 4 do not count.
+
+    Returns:
+        (layer, other layer).
+
+    References:
+        Kornblith et al. 2019, arXiv:1905.00414, section 3; in mini-batches Nguyen et al. 2021, arXiv:2010.15327.
+    """
+    stops = np.cumsum(batch_sizes)
+    batches = [slice(stop - size, stop) for stop, size in zip(stops, batch_sizes, strict=True) if size >= 4]
+
+    def kernels(tokens: ArrayLike) -> list[Array]:
+        return [linear_kernel(np.asarray(tokens)[batch]) for batch in batches]
+
+    def hsic(one: list[Array], other: list[Array]) -> float:
+        return sum(len(k) * unbiased_hsic(k, m) for k, m in zip(one, other, strict=True))
+
+    mine, theirs = [kernels(layer) for layer in layers], [kernels(layer) for layer in others]
+    return np.array([[hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b)) for b in theirs] for a in mine])
 
 
 def rollout(

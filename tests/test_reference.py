@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from sklearn.metrics.pairwise import cosine_similarity
 
 from tests.reference import (
     Array,
     attention_entropy,
+    attention_offset,
+    attention_sinks,
     bicubic_resize,
+    centred_kernel_alignment,
+    feature_spectrum,
+    linear_kernel,
+    local_mass,
     mean_attention_distance,
     patch_centres,
     patch_filter_pca,
@@ -22,6 +30,8 @@ from tests.reference import (
     rollout_map,
     sincos_2d,
     softmax_attention,
+    token_similarity,
+    unbiased_hsic,
     uniform_distance,
 )
 
@@ -166,6 +176,70 @@ def test_entropy_of_uniform_attention_is_the_logarithm_of_the_tokens(num_prefix_
     np.testing.assert_allclose(result.self_mass, 1 / 8, rtol=1e-14)
 
 
+# Attention by offset
+
+
+def test_offset_by_hand() -> None:
+    """Two rows of three patches of 8 x 6 pixels behind a class token; every query attends to one patch and the class token."""
+    targets = [1, 5, 2, 0, 4, 3]
+    weights = np.zeros((7, 7))
+    weights[0, 0] = 1
+    for query, key in enumerate(targets):
+        weights[1 + query, [0, 1 + key]] = 0.75, 0.25  # rescaled to 1 on the patch
+    result = attention_offset(weights[None, None, None], 2, 3, (8, 6), 1)
+    moves = [(key // 3 - query // 3, key % 3 - query % 3) for query, key in enumerate(targets)]
+    assert moves == [(0, 1), (1, 1), (0, 0), (-1, 0), (0, 0), (0, -2)]
+    np.testing.assert_allclose(result.dy, 8 * (1 - 1) / 6, atol=1e-15)
+    np.testing.assert_allclose(result.dx, 6 * (1 + 1 - 2) / 6, atol=1e-15)
+    want = np.zeros((3, 5))
+    for down, right in moves:
+        want[1 + down, 2 + right] += 1 / 6
+    np.testing.assert_allclose(result.aligned[0, 0, 0], want, atol=1e-15)
+
+
+def test_offset_is_positive_to_the_right_and_downwards() -> None:
+    """Both patches attend to the second one, which lies 6 pixels to the right of the first or 8 below it."""
+    second = np.zeros((1, 1, 1, 2, 2))
+    second[..., 1] = 1
+    result = attention_offset(second, 1, 2, (8, 6), 0)
+    assert (result.dx.item(), result.dy.item()) == (3, 0)
+    result = attention_offset(second, 2, 1, (8, 6), 0)
+    assert (result.dx.item(), result.dy.item()) == (0, 4)
+
+
+def test_aligned_attention_sums_to_one_and_holds_offset_and_distance() -> None:
+    attention = _random_attention(1, 2, 2, 2 + 12)
+    offset = attention_offset(attention, 3, 4, (8, 6), 2)
+    np.testing.assert_allclose(offset.aligned.sum(axis=(-2, -1)), 1, atol=1e-14)
+    down, right = np.mgrid[-2:3, -3:4]
+    np.testing.assert_allclose((offset.aligned * 6 * right).sum(axis=(-2, -1)), offset.dx, atol=1e-13)
+    np.testing.assert_allclose((offset.aligned * 8 * down).sum(axis=(-2, -1)), offset.dy, atol=1e-13)
+    distance = mean_attention_distance(attention, 3, 4, (8, 6), 2, "renormalize").per_image
+    np.testing.assert_allclose((offset.aligned * np.hypot(8 * down, 6 * right)).sum(axis=(-2, -1)), distance, atol=1e-13)
+    for radius in (0, 1, 1.5, 2.2):
+        near = offset.aligned[..., np.hypot(down, right) <= radius].sum(axis=-1)
+        np.testing.assert_allclose(local_mass(attention, 3, 4, radius, 2, "renormalize"), near, atol=1e-14)
+
+
+def test_local_mass_of_uniform_attention() -> None:
+    """Nine neighbours in the middle of a 3 x 3 grid, six at its edges, four at its corners, itself included."""
+    uniform = np.full((1, 1, 1, 10, 10), 1 / 10)
+    mean = (9 + 4 * 6 + 4 * 4) / 9
+    np.testing.assert_allclose(local_mass(uniform, 3, 3, 1.5, 1, "renormalize"), mean / 9, rtol=1e-14)
+    np.testing.assert_allclose(local_mass(uniform, 3, 3, 1.5, 1, "drop"), mean / 10, rtol=1e-14)
+    np.testing.assert_allclose(local_mass(uniform, 3, 3, 0, 1, "drop"), 1 / 10, rtol=1e-14)
+    np.testing.assert_allclose(local_mass(uniform, 3, 3, 9, 1, "renormalize"), 1, rtol=1e-14)
+
+
+def test_sinks_by_hand() -> None:
+    """The class token's own attention does not count; the most attended patch is found image by image."""
+    one = [[0.0, 1.0, 0.0], [0.5, 0.1, 0.4], [0.7, 0.1, 0.2]]
+    two = [[0.0, 0.0, 1.0], [0.1, 0.9, 0.0], [0.3, 0.5, 0.2]]
+    result = attention_sinks(np.array([one, two])[None, :, None], 1)
+    np.testing.assert_allclose(result.top_patch, [[[0.3], [0.7]]], atol=1e-15)
+    np.testing.assert_allclose(result.prefix, [[[[0.6]], [[0.2]]]], atol=1e-15)
+
+
 # Rollout
 
 
@@ -238,6 +312,82 @@ def test_rollout_map_by_hand() -> None:
     without = rollout_map(matrix, 2, 3, num_prefix_tokens=2, has_cls_token=False)
     np.testing.assert_array_equal(with_cls, [[[2, 3, 4], [5, 6, 7]]])
     np.testing.assert_allclose(without, with_cls + 8 * (2 + 7) / 2)  # the mean of rows 2 to 7
+
+
+# Patch tokens
+
+
+def test_unbiased_hsic_is_the_mean_over_all_quadruples_of_images() -> None:
+    """As Song et al. derive it: over all i, j, q, r that differ, k_ij (m_ij + m_qr - 2 m_iq)."""
+    rng = np.random.default_rng(8)
+    k, m = (matrix @ matrix.T for matrix in rng.normal(size=(2, 6, 3)))
+    terms = [k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in permutations(range(6), 4)]
+    assert unbiased_hsic(k, m) == pytest.approx(np.mean(terms), rel=1e-12)
+
+
+def test_centred_kernel_alignment_by_hand() -> None:
+    rng = np.random.default_rng(9)
+    one, other = rng.normal(size=(2, 9, 3, 2))
+    kernel = one.reshape(9, 6) @ one.reshape(9, 6).T
+    np.testing.assert_allclose(linear_kernel(one), kernel, atol=1e-13)
+    result = centred_kernel_alignment([one, 3 * one, other], [one, other], [4, 5])
+    np.testing.assert_allclose(result[[0, 1], 0], 1, atol=1e-12)
+    np.testing.assert_allclose(result[2, 0], result[0, 1], atol=1e-12)
+    sums = {
+        pair: sum(
+            len(part) * unbiased_hsic(linear_kernel(pair_of[0][part]), linear_kernel(pair_of[1][part]))
+            for part in (range(4), range(4, 9))
+        )
+        for pair, pair_of in {"ab": (one, other), "aa": (one, one), "bb": (other, other)}.items()
+    }
+    assert result[0, 1] == pytest.approx(sums["ab"] / math.sqrt(sums["aa"] * sums["bb"]), rel=1e-12)
+    alone = centred_kernel_alignment([one[:4]], [other[:4]], [4])
+    np.testing.assert_allclose(centred_kernel_alignment([one[:7]], [other[:7]], [4, 3]), alone, atol=1e-12)
+
+
+def test_token_similarity_against_scikit_learn() -> None:
+    tokens = np.random.default_rng(6).normal(size=(2, 3, 5, 4)) + 0.5
+    result = token_similarity(tokens)
+    for place in np.ndindex(2, 3):
+        pairs = cosine_similarity(tokens[place])[~np.eye(5, dtype=bool)]
+        np.testing.assert_allclose(result[place], pairs.mean(), atol=1e-14)
+
+
+def test_token_similarity_by_hand() -> None:
+    tokens = np.array([[[1, 0], [3, 0], [0, 2]], [[1, 0], [-2, 0], [0, 0]]], dtype=float)[None]
+    np.testing.assert_allclose(token_similarity(tokens), [[1 / 3, -1 / 3]], atol=1e-15)
+
+
+def test_feature_spectrum_against_numpy() -> None:
+    tokens = np.random.default_rng(7).normal(size=(2, 2, 16, 3))
+    amplitude = np.log(np.abs(np.fft.fft2(tokens.reshape(2, 2, 4, 4, 3), axes=(2, 3))) + 1e-6).mean(axis=-1)
+    diagonal = amplitude[:, :, [0, 1], [0, 1]]
+    np.testing.assert_allclose(feature_spectrum(tokens, 4, 4, "diagonal"), diagonal - diagonal[..., :1], atol=1e-10)
+    one, two = (
+        [(0, 1), (1, 0), (0, 3), (3, 0), (1, 1), (1, 3), (3, 1), (3, 3)],
+        [(0, 2), (2, 0), (2, 1), (1, 2), (2, 3), (3, 2)],
+    )
+    rings = [amplitude[:, :, 0, 0], *(np.mean([amplitude[:, :, u, v] for u, v in ring], axis=0) for ring in (one, two))]
+    np.testing.assert_allclose(feature_spectrum(tokens, 4, 4), np.stack(rings, axis=-1) - rings[0][..., None], atol=1e-10)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4, 6), (6, 4), (5, 8), (3, 7)])
+def test_feature_spectrum_of_single_waves(rows: int, cols: int) -> None:
+    """A mean of 1 and one wave with the amplitude 1/2 across the shorter side: rings count its waves, along either axis."""
+    side = min(rows, cols)
+    for waves in range(1, side // 2 + 1):
+        place = np.arange(side) / side
+        wave = 1 + np.cos(2 * np.pi * waves * place)
+        picture = np.broadcast_to(wave[:, None] if rows == side else wave, (rows, cols))
+        spectrum = feature_spectrum(picture.reshape(1, 1, -1, 1), rows, cols)[0, 0]
+        assert len(spectrum) == side // 2 + 1
+        assert spectrum.argmax() == 0
+        assert spectrum[1:].argmax() == waves - 1
+
+
+def test_feature_spectrum_of_a_constant_is_the_floor() -> None:
+    spectrum = feature_spectrum(np.ones((1, 1, 9, 2)), 3, 3)
+    np.testing.assert_allclose(spectrum, [[[0, math.log(1e-6) - math.log(9 + 1e-6)]]], rtol=1e-6)
 
 
 # Patch filters

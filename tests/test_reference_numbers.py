@@ -1,4 +1,8 @@
-"""Agreement with numbers computed elsewhere: a pretrained DINOv2 ViT-S/14 on 32 photographs, by transformers in float64."""
+"""Agreement with numbers computed elsewhere.
+
+A pretrained DINOv2 ViT-S/14 on 32 photographs, by transformers in float64; and a tiny ViT on two images, by the code of Walmer
+et al. 2023 (vit_analysis) and the formula of Park & Kim 2022 (how-do-vits-work).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import reference
-from vit_probe import load_model, patch_filters, position_similarity
-from vit_probe.measures import AttentionDistance, AttentionDistanceResult, AttentionRollout
+from tests.measures.tiles import Tokens
+from vit_probe import (
+    VisionTransformer,
+    ViTConfig,
+    attention_offset,
+    feature_spectrum,
+    load_model,
+    mean_attention_distance,
+    measure,
+    patch_filters,
+    position_similarity,
+    token_similarity,
+)
+from vit_probe.measures.base.per_head import HeadResult
+from vit_probe.measures.rollout import AttentionRollout
 from vit_probe.runner.run import AttentionRun
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -23,8 +42,8 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"../shared is not h
 @dataclass
 class Measured:
     model: Any
-    renormalized: AttentionDistanceResult
-    dropped: AttentionDistanceResult
+    renormalized: HeadResult
+    dropped: HeadResult
     first_map: np.ndarray
 
 
@@ -38,7 +57,7 @@ def measured(numbers: dict[str, Any]) -> Measured:
     model = load_model(SHARED / "checkpoints" / "dinov2-small")
     paths = [SHARED / "imagenet-sample-128" / name for name in numbers["images"]]
     run = AttentionRun(model, paths, batch_size=8, device="cpu")
-    both = AttentionDistance(run.grid), AttentionDistance(run.grid, prefix="drop")
+    both = mean_attention_distance.observer(run.grid), mean_attention_distance.observer(run.grid, prefix="drop")
     run.observe(*both)
     first = AttentionRun(model, paths[:1], device="cpu")
     first.observe(rollout := AttentionRollout(first.grid))
@@ -72,7 +91,7 @@ def test_mean_attention_distance(measured: Measured, numbers: dict[str, Any], pr
 
 
 def test_spread_over_images(measured: Measured, numbers: dict[str, Any]) -> None:
-    close(measured.renormalized.std, numbers["std_over_images_px"]["renormalize"], 0.05)
+    close(measured.renormalized.std["distance"], numbers["std_over_images_px"]["renormalize"], 0.05)
 
 
 def test_patch_mass(measured: Measured, numbers: dict[str, Any]) -> None:
@@ -103,3 +122,73 @@ def test_position_similarity(measured: Measured, numbers: dict[str, Any]) -> Non
     close(similarity[18, 18, 18], expected["tile_18_18_row_18"], 1e-4)
     close(similarity.min(), expected["minimum"], 1e-4)
     close(similarity.mean(dtype=np.float64), expected["mean"], 1e-4)
+
+
+# A tiny ViT
+
+
+@dataclass
+class Tiny:
+    numbers: dict[str, Any]
+    model: VisionTransformer
+    images: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    folder = SHARED / "reference" / "attribution"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist")
+    config = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=2, num_classes=5)
+    model = VisionTransformer(config).double()
+    model.load_state_dict(load_file(folder / "tiny_vit.safetensors"))
+    (x,) = load_file(folder / "images.safetensors").values()
+    return Tiny(json.loads((folder / "walmer_park.json").read_text()), model.eval(), x)
+
+
+def test_the_tiny_model_is_read_as_it_was_written(tiny: Tiny) -> None:
+    logits = json.loads((SHARED / "reference" / "attribution" / "logits.json").read_text())
+    with torch.no_grad():
+        close(tiny.model(tiny.images).numpy(), logits["logits"], 1e-12)
+
+
+def test_attention_by_offset_is_walmers(tiny: Tiny) -> None:
+    """Their code divides the aligned maps by the number of calls, one for both images; its unit of offsets is 24 pixels."""
+    result = attention_offset(tiny.model, tiny.images, device="cpu")
+    close(result.aligned, np.array(tiny.numbers["aligned"]) / 2, 1e-9)
+    length, right, down = 24 * np.array(tiny.numbers["offset"])
+    close(result.length, length, 1e-9)
+    close(result.dx, right, 1e-9)
+    close(result.dy, down, 1e-9)
+    assert abs(right - down).max() > 1
+
+
+def test_distance_is_walmers(tiny: Tiny) -> None:
+    """In units of 24 pixels, the distance between the outermost patch centres; their table of distances is in float32."""
+    result = mean_attention_distance(tiny.model, tiny.images, per_image=True, device="cpu")
+    close(result.per_image["distance"], 24 * np.array(tiny.numbers["distance"]), 1e-5)
+
+
+def test_similarity_of_tokens(tiny: Tiny) -> None:
+    result = token_similarity(tiny.model, tiny.images, per_image=True, device="cpu")
+    close(result.per_image["token_similarity"].T, tiny.numbers["cosine"], 1e-9)
+
+
+def test_spectrum_of_tokens_is_park_and_kims(tiny: Tiny) -> None:
+    result = feature_spectrum(tiny.model, tiny.images, profile="diagonal", device="cpu")
+    close(result.feature_spectrum, tiny.numbers["fourier"], 1e-9)
+
+
+def test_norms_of_tokens(tiny: Tiny) -> None:
+    AttentionRun(tiny.model, tiny.images, device="cpu").observe(tokens := Tokens())
+    norms = np.stack([np.linalg.norm(tokens.of(layer), axis=-1) for layer in range(3)])
+    close(norms, np.array(tiny.numbers["norms"])[:, :, 1:], 1e-9)
+
+
+def test_all_of_them_in_one_pass(tiny: Tiny) -> None:
+    offset, distance, alike = measure(
+        tiny.model, tiny.images, [attention_offset, mean_attention_distance, token_similarity], batch_size=1, device="cpu"
+    )
+    close(offset.aligned, np.array(tiny.numbers["aligned"]) / 2, 1e-9)
+    close(distance.distance, 24 * np.mean(tiny.numbers["distance"], axis=0), 1e-5)
+    close(alike.token_similarity, np.mean(tiny.numbers["cosine"], axis=1), 1e-9)

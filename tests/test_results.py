@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tests.measures.tiles import arrays_of
 from vit_probe import InputError, VisionTransformer, ViTConfig, attention_rollout, load_result, mean_attention_distance
-from vit_probe.measures import AttentionDistanceResult, AttentionRolloutResult
-from vit_probe.results import software_versions, weights_sha256
+from vit_probe.measures import AttentionRolloutResult
+from vit_probe.measures.base.per_head import HeadResult
+from vit_probe.measures.base.registry import registered
+from vit_probe.results import GenericResult, software_versions, weights_sha256
+
+NOT_MEASURES = [
+    "os.path",
+    "this",
+    "antigravity",
+    "../x",
+    "base",
+    "__init__",
+    "base.registry",
+    "token_norms.py",
+    "",
+    3,
+    None,
+    ["os"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +43,21 @@ def model() -> VisionTransformer:
 
 
 @pytest.fixture(scope="module")
-def distance(model: VisionTransformer) -> AttentionDistanceResult:
+def distance(model: VisionTransformer) -> HeadResult:
     return mean_attention_distance(model, torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(1)))
 
 
-def test_a_saved_result_equals_the_one_that_was_saved(distance: AttentionDistanceResult, tmp_path: Path) -> None:
+def test_a_saved_result_equals_the_one_that_was_saved(distance: HeadResult, tmp_path: Path) -> None:
     path = distance.save(tmp_path / "distance.safetensors")
-    again = AttentionDistanceResult.load(path)
-    for name in ("distance", "std", "confidence", "patch_mass", "uniform_distance", "num_windows"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(distance, name))
+    again = load_result(path)
+    assert isinstance(again, HeadResult)
+    assert list(arrays_of(again)) == list(arrays_of(distance))
+    for name, values in arrays_of(distance).items():
+        np.testing.assert_array_equal(arrays_of(again)[name], values, err_msg=name)
+    assert again.measure == distance.measure == "attention_distance"
     assert again.provenance == distance.provenance
-    assert (again.modules, again.num_images, again.prefix) == (distance.modules, 3, "renormalize")
+    assert (again.modules, again.num_images, again.options) == (distance.modules, 3, {"prefix": "renormalize"})
+    assert (again.unit, again.label) == ("pixels", distance.label)
     assert again.to_dataframe().equals(distance.to_dataframe())
 
 
@@ -43,12 +69,12 @@ def test_a_result_without_photographs_comes_back_without(model: VisionTransforme
     assert again.names == ["image 0", "image 1"]
 
 
-def test_the_same_result_gives_the_same_bytes(distance: AttentionDistanceResult, tmp_path: Path) -> None:
+def test_the_same_result_gives_the_same_bytes(distance: HeadResult, tmp_path: Path) -> None:
     one, two = (distance.save(tmp_path / name).read_bytes() for name in ("one", "two"))
     assert one == two
 
 
-def test_provenance(distance: AttentionDistanceResult, model: VisionTransformer) -> None:
+def test_provenance(distance: HeadResult, model: VisionTransformer) -> None:
     provenance = distance.provenance
     assert provenance["model"]["weights_sha256"] == weights_sha256(model)
     assert provenance["model"]["config"]["embed_dim"] == 16
@@ -70,8 +96,8 @@ def test_the_hash_follows_the_weights(model: VisionTransformer) -> None:
     assert changed != before
 
 
-def test_a_broken_off_write_leaves_the_old_file(
-    distance: AttentionDistanceResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_write_leaves_the_old_file(
+    distance: HeadResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = distance.save(tmp_path / "distance.safetensors")
     before = path.read_bytes()
@@ -101,13 +127,83 @@ class TestLoadResult:
         with pytest.raises(InputError, match="a safetensors file, but not a saved result of vit_probe"):
             load_result(tmp_path / "weights.safetensors")
 
-    def test_another_kind(self, distance: AttentionDistanceResult, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("description", ["{", "[]", "{}", '{"type": "HeadResult"}', '{"type": "HeadResult", "values": []}'])
+    def test_a_damaged_description(self, description: str, tmp_path: Path) -> None:
+        save_file({"a": np.zeros(2)}, tmp_path / "damaged", metadata={"vit_probe": description})
+        with pytest.raises(InputError, match="damaged is not a saved result: its description is damaged"):
+            load_result(tmp_path / "damaged")
+
+    def test_other_fields_than_this_version_has(self, distance: HeadResult, tmp_path: Path) -> None:
+        path = rewritten(distance.save(tmp_path / "distance"), measure="rollout")
+        with pytest.raises(
+            InputError, match=r"is not a result of rollout as this version writes it: .*maps.* differ; measure again"
+        ):
+            load_result(path)
+        path = rewritten(distance.save(tmp_path / "distance"), colour="red")
+        with pytest.raises(InputError, match="not a result of attention_distance as this version writes it: colour differ"):
+            load_result(path)
+
+    @pytest.mark.parametrize("name", NOT_MEASURES)
+    def test_nothing_that_a_file_names_is_imported(self, distance: HeadResult, name: object, tmp_path: Path) -> None:
+        """Neither by the measure's name nor by that of the class; the result of an unknown measure has a general type."""
+        before = set(sys.modules)
         path = distance.save(tmp_path / "distance")
-        with pytest.raises(InputError, match="holds a AttentionDistanceResult, not a AttentionRolloutResult"):
-            AttentionRolloutResult.load(path)
+        as_heads = load_result(rewritten(path, measure=name))
+        of_own_class = load_result(rewritten(path, kind=f"{name}.Result"))
+        generic = load_result(rewritten(path, more=1))
+        assert {module for module in set(sys.modules) - before if not module.startswith("vit_probe.measures.base.")} == set()
+        for heads in (as_heads, of_own_class):
+            assert type(heads) is HeadResult
+            assert heads.measure == str(name)
+            assert heads.to_dataframe().equals(distance.to_dataframe())
+        assert type(generic) is GenericResult
+        assert generic.measure == str(name)
+        assert generic.provenance == distance.provenance
+        assert generic.contents["more"] == 1
+        np.testing.assert_array_equal(generic.contents["values"]["distance"], distance.distance)
+        assert set(generic.summary()["name"]) == set(generic.contents)
+
+    @pytest.mark.parametrize(
+        ("name", "modules"),
+        [
+            ("attention_distance", ["attention_distance"]),
+            ("token_similarity", ["token_similarity"]),
+            ("rollout", ["map_statistics", "rollout", "rollout_algorithms"]),
+            ("unknown", []),
+        ],
+    )
+    def test_only_the_module_of_the_measure_is_imported(
+        self, model: VisionTransformer, name: str, modules: list[str], tmp_path: Path
+    ) -> None:
+        measure = registered().get(name) or registered()["attention_distance"]
+        path = measure.function(model, torch.rand(2, 3, 16, 24)).save(tmp_path / "result")
+        if name == "unknown":
+            rewritten(path, measure=name)
+        program = f"""
+import sys, vit_probe
+print(type(vit_probe.load_result({str(path)!r})).__name__)
+print(*sorted(name.split(".")[2] for name in sys.modules if name.startswith("vit_probe.measures.") and ".base" not in name))
+assert "matplotlib" not in sys.modules
+"""
+        shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert shown == [measure.result.__name__, " ".join(modules)]
 
 
-def test_a_result_introduces_itself_in_a_line(distance: AttentionDistanceResult) -> None:
-    shapes = "distance=(2, 2), std=(2, 2), confidence=(2, 2), patch_mass=(2, 2)"
-    assert repr(distance).startswith(f"AttentionDistanceResult({shapes}, uniform_distance=")
-    assert "sha256" not in repr(distance)
+def rewritten(path: Path, *, kind: str | None = None, **values: object) -> Path:
+    """Replace the name of the class, or some of the plain values, in a saved result."""
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        content = json.loads(file.metadata()["vit_probe"])
+    content["type"] = kind or content["type"]
+    content["values"] |= values
+    save_file(arrays, path, metadata={"vit_probe": json.dumps(content)})
+    return path
+
+
+def test_repr_shows_shapes_on_one_line(distance: HeadResult) -> None:
+    shown = repr(distance)
+    assert shown.startswith("HeadResult(measure='attention_distance', unit='pixels', label=")
+    assert "values={'distance': (2, 2), 'patch_mass': (2, 2)}, std={'distance': (2, 2), 'patch_mass': (2, 2)}" in shown
+    assert "uniform={'distance': (2,)}" in shown
+    assert "sha256" not in shown
+    assert "\n" not in shown

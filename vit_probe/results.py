@@ -8,7 +8,7 @@ import platform
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,20 +22,23 @@ from vit_probe.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Result", "check_finite", "load_result", "software_versions", "weights_sha256"]
+__all__ = ["GenericResult", "KeyNumber", "Result", "check_finite", "read_result", "software_versions", "weights_sha256"]
+
+KeyNumber = tuple[str, str, float]
+"""Name, unit and value of a number that says much about a model."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Result:
-    """Base of all results; each is a frozen dataclass of arrays and plain values.
+    """Base of all results; each is a frozen dataclass of arrays, dictionaries of arrays, and plain values.
 
     Args:
+        measure: Name of the measure that the numbers come from.
         provenance: Model, hash of its weights, images, options and versions that the numbers come from.
     """
 
+    measure: str
     provenance: dict[str, Any]
-
-    _kinds: ClassVar[dict[str, type[Result]]] = {}
 
     def __post_init__(self) -> None:
         # As JSON will give it back, so that a saved result equals the one that was saved.
@@ -43,54 +46,94 @@ class Result:
 
     def __repr__(self) -> str:
         """Arrays by their shapes; the provenance is left out."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "provenance"}
-        shown = (f"{name}={value.shape if isinstance(value, np.ndarray) else repr(value)}" for name, value in values.items())
-        return f"{type(self).__name__}({', '.join(shown)})"
 
-    def __init_subclass__(cls) -> None:
-        Result._kinds[cls.__name__] = cls
+        def shown(value: Any) -> str:
+            if isinstance(value, dict):
+                return "{" + ", ".join(f"{name!r}: {shown(one)}" for name, one in value.items()) + "}"
+            return str(value.shape) if isinstance(value, np.ndarray) else repr(value)
+
+        values = (f"{field.name}={shown(getattr(self, field.name))}" for field in fields(self) if field.name != "provenance")
+        return f"{type(self).__name__}({', '.join(values)})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The numbers as a tidy table, one row an observation."""
+        """The numbers as a tidy table, one row per observation."""
         raise NotImplementedError
+
+    def csv_table(self) -> pd.DataFrame:
+        """The table that is written as CSV beside the picture."""
+        return self.to_dataframe()
 
     def summary(self) -> pd.DataFrame:
-        """A few rows that say the most, for a reader in a hurry."""
+        """The few rows that say the most."""
         raise NotImplementedError
 
+    def key_numbers(self) -> list[KeyNumber]:
+        """The numbers by which models are compared; see `vit_probe.measures.overview`."""
+        return []
+
+    @property
+    def panel_title(self) -> str:
+        """Title of the result's panel in the overview."""
+        return self.measure.replace("_", " ").capitalize()
+
+    def plot_panel(self, *, ax: Axes) -> Axes:
+        """Draw the result on axes that are small."""
+        return self.plot(ax=ax)
+
     def plot(self, *, ax: Axes | None = None) -> Axes:
-        """Draws the result on `ax`, or on a new figure's, and returns the axes."""
+        """Draw the result on `ax`, or on the axes of a new figure, and return the axes."""
         raise NotImplementedError
 
     def save(self, path: str | Path) -> Path:
-        """Writes one file: arrays as safetensors, the rest as its metadata. An older file is replaced whole or not at all."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        arrays = {name: np.ascontiguousarray(value) for name, value in values.items() if isinstance(value, np.ndarray)}
-        plain = {name: value for name, value in values.items() if name not in arrays}
-        content = json.dumps({"kind": type(self).__name__, "values": plain}, sort_keys=True, default=str)
+        """Write one file: arrays as safetensors, the rest as its metadata. An older file is replaced whole or not at all."""
+        arrays: dict[str, np.ndarray] = {}
+        plain: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict) and value and all(isinstance(one, np.ndarray) for one in value.values()):
+                arrays |= {f"{field.name}/{name}": np.ascontiguousarray(one) for name, one in value.items()}
+                plain[field.name] = {_ARRAYS: list(value)}  # safetensors does not keep the order
+            elif isinstance(value, np.ndarray):
+                arrays[field.name] = np.ascontiguousarray(value)
+            else:
+                plain[field.name] = value
+        # Not sorted: the order of the named values is part of the result.
+        content = json.dumps({"type": type(self).__name__, "values": plain}, default=str)
         return write_bytes(path, save(arrays, metadata={"vit_probe": content}))
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Reads what `save` wrote.
 
-        Raises:
-            InputError: If the file does not exist, or holds something else.
-        """
-        result = load_result(path)
-        if not isinstance(result, cls):
-            raise InputError(f"{path} holds a {type(result).__name__}, not a {cls.__name__}")
-        return result
+_ARRAYS = "arrays"
 
 
-def load_result(path: str | Path) -> Result:
-    """Reads the result that `Result.save` wrote to `path`, as the kind it was.
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class GenericResult(Result):
+    """A saved result of a measure that this installation does not know.
+
+    Args:
+        contents: Its arrays and plain values, by name.
+    """
+
+    contents: dict[str, Any]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per array or value: name, shape, type."""
+        rows = [
+            (name, str(np.shape(value)), str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__)
+            for name, value in self.contents.items()
+        ]
+        return pd.DataFrame(rows, columns=["name", "shape", "type"])
+
+    def summary(self) -> pd.DataFrame:
+        """The table itself."""
+        return self.to_dataframe()
+
+
+def read_result(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """Name of the result's class, and its fields, as `Result.save` wrote them.
 
     Raises:
         InputError: If the file does not exist, or is not a result.
     """
-    import vit_probe.measures  # noqa: F401  (makes every kind known)
-
     if not Path(path).is_file():
         raise InputError(f"there is no result file {path}")
     try:
@@ -101,10 +144,15 @@ def load_result(path: str | Path) -> Result:
         raise InputError(f"{path} is not a saved result ({error})") from None
     if "vit_probe" not in metadata:
         raise InputError(f"{path} is a safetensors file, but not a saved result of vit_probe")
-    content = json.loads(metadata["vit_probe"])
-    if content["kind"] not in Result._kinds:
-        raise InputError(f"{path} holds a result of a kind that this version does not know, {content['kind']}")
-    return Result._kinds[content["kind"]](**arrays, **content["values"])
+    try:
+        content = json.loads(metadata["vit_probe"])
+        values: dict[str, Any] = {name: array for name, array in arrays.items() if "/" not in name}
+        for name, value in content["values"].items():
+            names = value.get(_ARRAYS) if isinstance(value, dict) else None
+            values[name] = value if names is None else {one: arrays[f"{name}/{one}"] for one in names}
+        return str(content["type"]), values | {"measure": str(values["measure"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a saved result: its description is damaged ({error!r})") from None
 
 
 def check_finite(values: np.ndarray, what: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vit_probe
 from tests.example_models import classifier, transformers_vit
 from vit_probe import (
     VisionTransformer,
@@ -27,6 +28,7 @@ from vit_probe import (
 )
 from vit_probe.cli import commands as cli
 from vit_probe.cli import console as terminal
+from vit_probe.measures.base.discovery import measure_files
 from vit_probe.results import Result, weights_sha256
 
 COMMAND = [sys.executable, "-c", "from vit_probe.cli.commands import main; main()"]
@@ -86,7 +88,7 @@ def test_figures(
     ("arguments", "files"),
     [
         (["distance", "--spread", "--prefix", "drop"], ["attention_distance"]),
-        (["distance", "--sorted-layer", "0", "--sorted-layer", "2"], ["attention_distance", "attention_distance_sorted"]),
+        (["distance", "--kind", "sorted", "--layers", "0,2"], ["attention_distance"]),
         (["entropy", "--spread"], ["attention_entropy"]),
         (["rollout", "--head-fusion", "max", "--discard-ratio", "0.5", "--kind", "heatmap", "--count", "2"], ["rollout"]),
     ],
@@ -120,27 +122,54 @@ def test_one_analysis_of_images(
     pd.testing.assert_frame_equal(result.to_dataframe(), expected.to_dataframe())
 
 
-@pytest.mark.parametrize("prefix", ["renormalize", "drop"])
-def test_entropy_has_the_distances_of_the_same_pass(
-    prefix: Any,
+@pytest.mark.parametrize("name", [name for name, one in measure_files().items() if one.takes_images])
+def test_every_measure_has_its_command(
+    name: str,
     checkpoint: Path,
     photographs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ["entropy", "--model", checkpoint, "--images", photographs, "--out", tmp_path, "--prefix", prefix]
+    one = measure_files()[name]
+    arguments = [one.command, "--model", checkpoint, "--images", photographs, "--out", tmp_path, "--batch-size", 5]
     code, printed, err = run(capsys, monkeypatch, *arguments)
     assert code == 0, err
-    assert "mean entropy (nats)" in printed
-    table = pd.read_csv(tmp_path / "attention_entropy.csv")
-    model = load_model(checkpoint)
-    distance = mean_attention_distance(model, photographs, prefix=prefix).to_dataframe()
-    entropy = attention_entropy(model, photographs).to_dataframe()
-    names = {"std": "_std", "confidence": "_confidence"}
-    for what, frame in (("distance", distance), ("entropy", entropy)):
-        expected = frame.rename(columns={name: what + ending for name, ending in names.items()})
-        pd.testing.assert_frame_equal(table[list(expected)], expected, rtol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{ending}" for ending in ("png", "csv", "safetensors")}
+    expected = getattr(vit_probe, one.function)(load_model(checkpoint), photographs, batch_size=5)
+    saved = load_result(tmp_path / f"{name}.safetensors")
+    assert type(saved) is type(expected)
+    assert saved.provenance == expected.provenance
+    pd.testing.assert_frame_equal(saved.to_dataframe(), expected.to_dataframe())
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"{name}.csv"), expected.to_dataframe(), rtol=1e-6, check_dtype=False)
+    for column in expected.summary().columns:
+        assert column.split()[0] in printed
+
+
+def test_the_values_of_every_image(
+    checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = ["local-mass", "--radius", "1", "--per-image"]
+    arguments = ["--model", checkpoint, "--images", photographs, "--out", tmp_path]
+    assert run(capsys, monkeypatch, *measure, *arguments)[0] == 0
+    table = pd.read_csv(tmp_path / "local_mass_per_image.csv")
+    assert table["name"].unique().tolist() == [f"{index}.png" for index in range(5)]
+    means = table.groupby(["layer", "head"])["local_mass"].mean().to_numpy()
+    np.testing.assert_allclose(means, pd.read_csv(tmp_path / "local_mass.csv")["local_mass"], rtol=1e-6)
+
+
+def test_help_of_a_measure_tells_its_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, printed, _ = run(capsys, monkeypatch, "rollout", "--help")
+    assert code == 0
+    for text in (
+        "How attention carries information from each patch",
+        "--head-fusion",
+        "<mean|max|min>",
+        "--count",
+        "Images per forward pass",
+    ):
+        assert text in printed
 
 
 @pytest.mark.parametrize(
@@ -171,7 +200,7 @@ def test_sample_photographs_without_images(
     assert load_result(tmp_path / "rollout.safetensors").provenance["images"]["count"] == 4
 
 
-@pytest.mark.parametrize("command", ["figures", "distance", "entropy", "filters", "positions", "rollout"])
+@pytest.mark.parametrize("command", ["figures", "distance", "filters", "positions"])
 def test_without_a_model_the_bundled_one_is_taken(
     command: str, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,18 +225,19 @@ def test_models_lists_what_can_be_named(capsys: pytest.CaptureFixture[str], monk
     [
         (["distance", "--prefix", "neither"], "'neither' is not one of 'renormalize', 'drop'"),
         (["rollout", "--head-fusion", "median"], "'median' is not one of"),
-        (["rollout", "--model", "MODEL", "--discard-ratio", "1"], r"--discard-ratio must lie in [0, 1), got 1.0"),
+        (["rollout", "--model", "MODEL", "--discard-ratio", "1"], "discard_ratio must lie in [0, 1), got 1.0"),
         (["rollout", "--model", "MODEL", "--count", "65"], "--count must be at most 64, got 65"),
-        (["distance", "--model", "MODEL", "--sorted-layer", "3"], "--sorted-layer 3: the model has layers 0 to 2"),
-        (["filters", "--model", "MODEL", "--components", "0"], "--components"),
+        (["distance", "--model", "MODEL", "--layers", "0,3"], "--layers 3: the model has layers 0 to 2"),
+        (["distance", "--model", "MODEL", "--layers", "0-2"], "--layers must be whole numbers with commas between them"),
+        (["filters", "--model", "MODEL", "--components", "0"], "components must be at least 1"),
         (["figures", "--model", "MODEL", "--format", "gif"], "'gif' is not one of 'png', 'pdf', 'svg'"),
         (["figures", "--model", "MODEL", "--limit", "0"], "--limit"),
-        (["figures", "--model", "MODEL", "--device", "abacus"], "no device 'abacus' can be used here"),
+        (["figures", "--model", "MODEL", "--device", "abacus"], "device 'abacus' is not available"),
         (["figures", "--model", "nowhere.pt"], "there is no checkpoint file or folder nowhere.pt"),
         (["figures", "--model", "MODEL", "--images", "nowhere.png"], "there is no image file or folder nowhere.png"),
-        (["figures", "--model", "MODEL", "--images", "TEXT"], "text.png is not an image that can be read"),
+        (["figures", "--model", "MODEL", "--images", "TEXT"], "text.png is not a readable image file"),
         (["figures", "--model", "MODEL", "--images", "TRUNCATED"], "truncated.png cannot be decoded"),
-        (["figures", "--model", "MODEL", "--out", "TEXT"], "text.png as a folder: File exists; choose another"),
+        (["figures", "--model", "MODEL", "--out", "TEXT"], "text.png as an output folder: File exists; choose another"),
         (["nothing"], "No such command 'nothing'"),
     ],
 )
@@ -338,7 +368,7 @@ def test_a_windowed_model_gets_its_distances_and_no_rollout(
     folder, out = _folder(SwinModel(SwinConfig(**sizes)), tmp_path / "swin"), tmp_path / "out"
     code, printed, err = run(capsys, monkeypatch, "figures", "--model", folder, "--images", photographs, "--out", out)
     assert code == 0, err
-    assert "rollout is left out: rollout follows attention over all tokens" in err
+    assert "rollout is left out: rollout needs attention over all tokens" in err
     assert "position similarity is left out: the tokens of a constant image are all alike" in err
     assert "windows" in printed
     table = pd.read_csv(out / "attention_distance.csv")
@@ -347,7 +377,7 @@ def test_a_windowed_model_gets_its_distances_and_no_rollout(
     assert (out / "figure7.png").exists()
     code, _, err = run(capsys, monkeypatch, "rollout", "--model", folder, "--images", photographs, "--out", out)
     assert code == 2
-    assert "vit-probe: rollout follows attention over all tokens" in err
+    assert "vit-probe: rollout needs attention over all tokens" in err
 
 
 def test_positions_after_some_layers(
@@ -384,12 +414,12 @@ def test_broken_photographs_are_left_out_on_demand(
     assert not (tmp_path / "out" / "run-state.safetensors").exists()
 
 
-def test_a_state_is_gone_on_with_only_on_demand(
+def test_a_state_is_resumed_only_on_demand(
     checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run-state.safetensors").write_bytes(b"of something else")
     arguments = ["distance", "--model", checkpoint, "--images", photographs, "--out", tmp_path]
     code, _, err = run(capsys, monkeypatch, *arguments, "--resume")
     assert code == 2
-    assert "run-state.safetensors is no state of a run; delete it, or start without going on" in err
+    assert "run-state.safetensors is not the state of a run; delete it, or omit --resume" in err
     assert run(capsys, monkeypatch, *arguments)[0] == 0

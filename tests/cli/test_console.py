@@ -8,7 +8,7 @@ import time
 import pytest
 
 from vit_probe.cli import console as terminal
-from vit_probe.runner.distributed import Processes
+from vit_probe.runner.distributed import ProcessGroup
 
 
 def test_progress_shows_rate_and_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_progress_is_shown_by_the_first_process(capsys: pytest.CaptureFixture[st
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
         monkeypatch.setenv(name, value)
     for rank in (0, 1):
-        with terminal.progress(40, Processes(rank, 2)) as advance:
+        with terminal.progress(40, ProcessGroup(rank, 2)) as advance:
             advance(10)
         assert ("images of the first of 2 processes" in capsys.readouterr().err) is (rank == 0)
 

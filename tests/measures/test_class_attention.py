@@ -1,4 +1,4 @@
-"""The class token's attention against libraries' own weights, closed forms and its own invariances."""
+"""The class token's attention: libraries' own weights, closed forms and invariances."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WITH_CLASS_TOKEN = [name for name, family in FAMILIES.items() if family.grid.has
 
 
 def expected(attention: np.ndarray, grid: TokenGrid, layer: int = -1) -> np.ndarray:
-    """(image, head, row, col), number by number."""
+    """Maps (image, head, row, col), one number at a time."""
     of_layer = attention[layer]
     maps = np.zeros((*of_layer.shape[:2], grid.rows, grid.cols))
     for image, head, row, col in np.ndindex(*maps.shape):
@@ -125,7 +125,7 @@ def test_shards_are_put_in_order(order: list[int], cuts: list[int]) -> None:
     assert isinstance(merged, PerImage)
 
 
-def test_it_goes_on_where_its_state_was_taken(tmp_path: Path) -> None:
+def test_restore_continues_where_the_state_was_taken(tmp_path: Path) -> None:
     attention = random_attention(GRID, batch=7)
     first, second, empty = measure(), measure(), measure()
     feed(first, attention[:, :3])
@@ -140,7 +140,7 @@ def test_it_goes_on_where_its_state_was_taken(tmp_path: Path) -> None:
         empty.compute()
 
 
-def test_a_batch_that_is_taken_back_leaves_nothing() -> None:
+def test_a_batch_that_is_rolled_back_leaves_nothing() -> None:
     attention = random_attention(GRID, batch=5)
     one = measure()
     for images_, failing in (([0, 1], False), ([2, 3], True), ([2], False), ([3, 4], False)):
@@ -152,7 +152,7 @@ def test_a_batch_that_is_taken_back_leaves_nothing() -> None:
     np.testing.assert_array_equal(one.compute().maps, expected(attention, GRID).astype(np.float32))
 
 
-# What it costs, and what attention may be
+# Cost, masks and precision
 
 
 class Attend(nn.Module):
@@ -176,7 +176,7 @@ def literal(q: Tensor, k: Tensor, bias: Tensor | None = None) -> np.ndarray:
     return np.nan_to_num(weights)[None]
 
 
-def test_the_models_own_fused_attention_runs_and_no_row_but_the_class_tokens_is_computed() -> None:
+def test_the_fused_attention_runs_and_only_the_class_tokens_row_is_computed() -> None:
     grid = TokenGrid(32, 32, (4, 4), 1, True)
     q, k = queries_and_keys(1025, batch=1, heads=1)
     one = ClassAttention(grid, ["attn"])
@@ -201,7 +201,7 @@ def test_a_mask_and_a_class_token_that_may_attend_to_nothing() -> None:
 
 @pytest.mark.parametrize("cast", [True, False])
 def test_half_precision_and_autocast(cast: bool) -> None:
-    """Only the model's own queries and keys are rounded."""
+    """Only the model's queries and keys are rounded."""
     q, k = queries_and_keys().bfloat16()
     one = ClassAttention(GRID, ["attn"])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast), attention_hooks(model := Attend(), one):
@@ -233,7 +233,7 @@ def result() -> ClassAttentionResult:
     return class_attention(model, images(), layer=0, device="cpu")
 
 
-def test_dataframe_has_a_row_a_patch_of_an_image_in_a_head(result: ClassAttentionResult) -> None:
+def test_dataframe_has_one_row_per_image_head_and_patch(result: ClassAttentionResult) -> None:
     frame = result.to_dataframe()
     assert list(frame) == ["image", "name", "head", "row", "col", "attention"]
     assert len(frame) == 3 * 4 * 3 * 4
@@ -242,7 +242,7 @@ def test_dataframe_has_a_row_a_patch_of_an_image_in_a_head(result: ClassAttentio
     assert one.attention.tolist() == [result.maps[2, 3, 1, 2]]
 
 
-def test_summary_has_a_row_a_head(result: ClassAttentionResult) -> None:
+def test_summary_has_one_row_per_head(result: ClassAttentionResult) -> None:
     summary = result.summary()
     assert summary["head"].tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(summary["prefix mass"], 1 - result.maps.sum(axis=(2, 3)).mean(axis=0), rtol=1e-5)
@@ -250,8 +250,8 @@ def test_summary_has_a_row_a_head(result: ClassAttentionResult) -> None:
     np.testing.assert_allclose(summary["correlation with others"], head_correlation(result.maps).mean(axis=0))
 
 
-def test_a_constant_map_takes_no_other_numbers_along(result: ClassAttentionResult) -> None:
-    """Of the first image's first head: the other image tells of this head, and the other heads of this image."""
+def test_a_constant_map_spoils_no_other_numbers(result: ClassAttentionResult) -> None:
+    """Only the pairs with the constant map are left out of the means of its head and its image."""
     maps = np.concatenate([result.maps, result.maps[:, :1] ** 2], axis=1)
     expected = head_correlation(maps)
     maps[0, 0] = 0.01
@@ -303,7 +303,7 @@ def test_windows() -> None:
 
 
 @pytest.mark.parametrize("layer", [2, -3])
-def test_a_layer_that_there_is_not(layer: int) -> None:
+def test_a_layer_that_does_not_exist(layer: int) -> None:
     with pytest.raises(InputError, match=rf"layer is {layer}, but this model has layers 0 to 1 \(or -2 to -1\)"):
         class_attention(small_vit(), images(), layer=layer, device="cpu")
 

@@ -1,4 +1,4 @@
-"""Deletion against a literal version, on models whose evidence is known, and its own invariances."""
+"""Deletion: a literal version, models whose evidence is known, and invariances."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_maps(count: int = 3, rows: int = 3, cols: int = 4, seed: int = 0) -> 
 
 
 def literal(model: nn.Module, x: Tensor, maps: np.ndarray, patch: tuple[int, int], counts: list[int]) -> np.ndarray:
-    """(image, step), one image and one patch at a time."""
+    """Probabilities (image, step), one image and one patch at a time."""
     curves = np.zeros((len(x), len(counts)))
     for index, image in enumerate(x):
         with torch.no_grad():
@@ -75,7 +75,7 @@ def test_the_random_order_takes_each_image_apart_in_its_own_way(model: VisionTra
 
 
 class LooksAt(nn.Module):
-    """Two classes, told by the brightness of one patch alone; its attention is for nothing but to be seen."""
+    """Two classes that depend on the brightness of one patch only; the attention has no effect on them."""
 
     num_classes = 2
 
@@ -172,14 +172,20 @@ def test_patches_that_reach_over_the_edge_and_pixels_beyond_the_last() -> None:
     ("arguments", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"maps": {"random": random_maps()}}, "a map is called 'random', as the random order is; give it another name"),
+        (
+            {"maps": {"random": random_maps()}},
+            "a map is called 'random', which is the name of the random order; give it another name",
+        ),
         ({"maps": {"one": random_maps(3, 4, 3)}}, r"maps of one have shape \(3, 4, 3\); they must be \(image, 3, 4\)"),
-        ({"maps": {"one": random_maps(2)}}, "2 maps of one came with 3 images or more; give one an image"),
-        ({"maps": {"one": random_maps(4)}}, "4 maps of one came with 3 images or more; give one an image"),
-        ({"maps": {"one": np.full((3, 3, 4), np.nan)}}, "maps of one hold values that are not finite"),
-        ({"images": iter([images(batch=2)] * 2)}, "3 maps of one came with 4 images or more; give one an image"),
-        ({"images": iter([images(batch=2)])}, "3 maps of one came with 2 images or more; give one an image"),
-        ({"model": small_vit(num_classes=0)}, "VisionTransformer returns no scores of classes; pass a model with a classif"),
+        ({"maps": {"one": random_maps(2)}}, "got 2 maps of one for 3 images or more; pass one map per image"),
+        ({"maps": {"one": random_maps(4)}}, "got 4 maps of one for 3 images or more; pass one map per image"),
+        ({"maps": {"one": np.full((3, 3, 4), np.nan)}}, "maps of one contain values that are not finite"),
+        ({"images": iter([images(batch=2)] * 2)}, "got 3 maps of one for 4 images or more; pass one map per image"),
+        ({"images": iter([images(batch=2)])}, "got 3 maps of one for 2 images or more; pass one map per image"),
+        (
+            {"model": small_vit(num_classes=0)},
+            "VisionTransformer does not return scores of classes; pass a model with a classif",
+        ),
     ],
 )
 def test_errors_say_what_arrived(arguments: dict[str, Any], message: str, model: VisionTransformer) -> None:
@@ -189,5 +195,5 @@ def test_errors_say_what_arrived(arguments: dict[str, Any], message: str, model:
 
 def test_a_librarys_model_that_returns_features() -> None:
     family = FAMILIES["transformers-vit"]
-    with pytest.raises(InputError, match="ViTModel returns no scores of classes; pass a model with a classification head"):
+    with pytest.raises(InputError, match="ViTModel does not return scores of classes; pass a model with a classification head"):
         deletion(family.model(), family.images(), {})

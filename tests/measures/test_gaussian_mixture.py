@@ -30,7 +30,7 @@ def drawn(*parts: tuple[int, float, float], seed: int = 0) -> np.ndarray:
 
 
 def fitted(values: np.ndarray) -> Mixture:
-    found = two_gaussians(*counted(values), narrowest=WIDTH)
+    found = two_gaussians(*counted(values), min_std=WIDTH)
     assert found is not None
     return found
 
@@ -59,7 +59,7 @@ def test_scikit_learn_finds_the_same_in_the_values(name: str) -> None:
     np.testing.assert_allclose(mine.stds, np.sqrt(theirs.covariances_[order, 0, 0]), atol=2e-3)
     assert mine.log_likelihood == pytest.approx(theirs.score(values[:, None]) * len(values), abs=0.5)
     one = GaussianMixture(1).fit(values[:, None])
-    gain = one_gaussian(*counted(values), narrowest=WIDTH).bic() - mine.bic()
+    gain = one_gaussian(*counted(values), min_std=WIDTH).bic() - mine.bic()
     assert gain == pytest.approx(one.bic(values[:, None]) - theirs.bic(values[:, None]), rel=0.01)
     crossing = mine.crossing()
     assert crossing is not None
@@ -72,7 +72,7 @@ def test_scikit_learn_finds_the_same_in_the_values(name: str) -> None:
 def test_a_shift_shifts_the_means_alone(seed: int, part: float, shift: int) -> None:
     values = drawn((2000, 0.0, 0.2), (max(int(2000 * part), 20), 2.0, 0.2), seed=seed)
     middles, counts = counted(values)
-    one, other = (two_gaussians(where, counts, narrowest=WIDTH) for where in (middles, middles + shift * WIDTH))
+    one, other = (two_gaussians(where, counts, min_std=WIDTH) for where in (middles, middles + shift * WIDTH))
     assert one is not None
     assert other is not None
     np.testing.assert_allclose(other.means - shift * WIDTH, one.means, atol=1e-5)
@@ -84,7 +84,7 @@ def test_one_gaussian_has_the_moments_and_their_likelihood() -> None:
     values = drawn((3000, 2.0, 0.5))
     middles, counts = counted(values)
     repeated = np.repeat(middles, counts)
-    one = one_gaussian(middles, counts, narrowest=WIDTH)
+    one = one_gaussian(middles, counts, min_std=WIDTH)
     assert one.means[0] == pytest.approx(repeated.mean())
     assert one.stds[0] == pytest.approx(repeated.std())
     assert one.log_likelihood == pytest.approx(stats.norm.logpdf(repeated, repeated.mean(), repeated.std()).sum())
@@ -93,9 +93,9 @@ def test_one_gaussian_has_the_moments_and_their_likelihood() -> None:
 
 def test_values_in_one_or_two_bins() -> None:
     middles = np.array([0.5, 1.5, 2.5])
-    assert two_gaussians(middles, np.array([0, 7, 0]), narrowest=1.0) is None
-    assert one_gaussian(middles, np.array([0, 7, 0]), narrowest=1.0).stds[0] == 1.0
-    two = two_gaussians(middles, np.array([3, 0, 1]), narrowest=0.1)
+    assert two_gaussians(middles, np.array([0, 7, 0]), min_std=1.0) is None
+    assert one_gaussian(middles, np.array([0, 7, 0]), min_std=1.0).stds[0] == 1.0
+    two = two_gaussians(middles, np.array([3, 0, 1]), min_std=0.1)
     assert two is not None
     np.testing.assert_allclose(two.means, [0.5, 2.5])
     np.testing.assert_allclose(two.weights, [0.75, 0.25])
@@ -106,7 +106,7 @@ def test_empty_bins_change_nothing() -> None:
     middles, counts = counted(drawn(*PARTS["few and far"]))
     padded = np.pad(counts, (5, 9))
     wider = middles[0] + WIDTH * np.arange(-5, len(counts) + 9)
-    one, other = two_gaussians(middles, counts, narrowest=WIDTH), two_gaussians(wider, padded, narrowest=WIDTH)
+    one, other = two_gaussians(middles, counts, min_std=WIDTH), two_gaussians(wider, padded, min_std=WIDTH)
     assert one is not None
     assert other is not None
     np.testing.assert_allclose(other.means, one.means, rtol=1e-9)

@@ -125,7 +125,7 @@ def test_equal_heads_opposite_heads_and_one_head() -> None:
         (lambda: kept_mass_mask(maps(4)), r"maps have shape \(4,\); their last two axes must be \(row, col\), neither empty"),
         (lambda: kept_mass_mask(np.full((2, 2), np.nan)), "maps hold values that are not finite"),
         (lambda: kept_mass_mask(-maps(2, 2)), "maps hold negative values, which have no mass; pass attention or rollout"),
-        (lambda: kept_mass_mask(maps(2, 2), 0), r"the part of a map's mass must lie in \(0, 1\], got 0"),
+        (lambda: kept_mass_mask(maps(2, 2), 0), r"mass, the fraction of each map to keep, must lie in \(0, 1\], got 0"),
         (lambda: kept_mass_mask(maps(2, 2), 60), r"must lie in \(0, 1\], got 60"),
         (lambda: map_correlation(maps(2, 3), maps(3, 2)), r"maps of \(2, 3\) patches cannot be compared with maps of \(3, 2\)"),
         (lambda: head_correlation(maps(2, 3)), r"maps have shape \(2, 3\); they must be \(head, row, col\), or have images"),

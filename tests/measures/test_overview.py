@@ -1,7 +1,8 @@
-"""All measures of a model at once, and their numbers against what each measure says by itself."""
+"""All measures of a model at once, compared with each measure by itself."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,33 +12,21 @@ import pytest
 import torch
 
 from tests.example_models import Hungry, branches_side_by_side, classifier, images, swin, transformers_vit
+from tests.measures.tiles import arrays_of
 from tests.tokens.test_patch_tokens import Plain
-from vit_probe import (
-    InputError,
-    VisionTransformer,
-    ViTConfig,
-    attention_entropy,
-    attention_rollout,
-    mean_attention_distance,
-    patch_filters,
-    position_similarity,
-)
+from vit_probe import InputError, VisionTransformer, ViTConfig, mean_attention_distance
 from vit_probe.errors import AssumptionWarning
-from vit_probe.measures.class_attention import class_attention
+from vit_probe.measures.base.discovery import measure_files
+from vit_probe.measures.base.registry import registered
 from vit_probe.measures.overview import Overview, overview
 from vit_probe.measures.patch_filters import low_frequency_share
-from vit_probe.measures.representation_similarity import representation_similarity
-from vit_probe.measures.token_norms import token_norms
 from vit_probe.plots.comparison import plot_comparison
 
-MEASURES = {
-    "attention_distance": mean_attention_distance,
-    "attention_entropy": attention_entropy,
-    "token_norms": token_norms,
-    "representation_similarity": representation_similarity,
-    "rollout": attention_rollout,
-    "class_attention": class_attention,
-}
+pytestmark = pytest.mark.usefixtures("own_registry")
+
+FILES = measure_files()
+OF_IMAGES = {name for name, one in FILES.items() if one.takes_images}
+OF_TOKENS = {"feature_spectrum", "representation_similarity", "token_norms", "token_similarity"}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +40,16 @@ def found(model: VisionTransformer) -> Overview:
 
 
 def test_each_result_is_what_its_measure_gives(model: VisionTransformer, found: Overview) -> None:
-    assert set(found.results) == {*MEASURES, "patch_filters", "position_similarity"}
+    assert list(found.results) == list(FILES)
+    assert {"attention_distance", "attention_entropy", "rollout", "class_attention", "patch_filters"} < set(found.results)
     assert found.left_out == {}
-    expected: dict[str, Any] = {name: make(model, images(32, 32, batch=6), device="cpu") for name, make in MEASURES.items()}
-    expected |= {"patch_filters": patch_filters(model), "position_similarity": position_similarity(model)}
     for name, result in found.results.items():
-        assert result.provenance == expected[name].provenance, name
-        for field, value in vars(expected[name]).items():
-            if isinstance(value, np.ndarray):
-                np.testing.assert_allclose(getattr(result, field), value, rtol=1e-5, atol=1e-7, err_msg=f"{name}.{field}")
+        function: Any = registered()[name].function
+        expected = function(model, images(32, 32, batch=6), device="cpu") if name in OF_IMAGES else function(model)
+        assert result.provenance == expected.provenance, name
+        assert list(arrays_of(result)) == list(arrays_of(expected))
+        for field, values in arrays_of(expected).items():
+            np.testing.assert_allclose(arrays_of(result)[field], values, rtol=1e-5, atol=1e-5, err_msg=f"{name}.{field}")
 
 
 def test_the_numbers(found: Overview) -> None:
@@ -76,7 +66,9 @@ def test_the_numbers(found: Overview) -> None:
         assert value[name, "range of heads"] == heads.max() - heads.min()
         assert value[name, "range within a layer"] == pytest.approx(np.mean([max(row) - min(row) for row in heads]))
     assert value["attention_entropy", "uniform attention"] == pytest.approx(np.log(17))
-    assert value["attention_entropy", "attention on itself"] == pytest.approx(results["attention_entropy"].self_mass.mean())
+    assert value["attention_entropy", "self mass"] == pytest.approx(results["attention_entropy"].self_mass.mean())
+    assert value["attention_entropy", "prefix mass"] == pytest.approx(results["attention_entropy"].prefix_mass.mean())
+    assert ("attention_distance", "patch mass") not in value  # models are not compared by it
     assert value["patch_filters", "low frequencies"] == low_frequency_share(results["patch_filters"].filters)
     alike = results["position_similarity"].similarity
     near, distant = [], []
@@ -98,6 +90,10 @@ def test_the_numbers(found: Overview) -> None:
     assert value["representation_similarity", "first and last layer"] == results["representation_similarity"].similarity[0, 2]
     norms = results["token_norms"].to_dataframe()
     assert value["token_norms", "after the last layer"] == norms["median"].iloc[-1]
+    assert value["token_similarity", "after the first layer"] == results["token_similarity"].token_similarity[0]
+    assert value["feature_spectrum", "after the last layer"] == results["feature_spectrum"].feature_spectrum[-1, -1]
+    assert value["local_mass", "uniform attention"] == results["local_mass"].uniform_local_mass[0]
+    assert value["attention_sinks", "prefix 0"] == pytest.approx(results["attention_sinks"].prefix_0.mean())
 
 
 def test_one_image_has_no_pairs(model: VisionTransformer) -> None:
@@ -110,9 +106,10 @@ def test_one_image_has_no_pairs(model: VisionTransformer) -> None:
 
 def test_windows_have_no_rollout() -> None:
     found = overview(swin(), images(48, 48, batch=4), device="cpu")
-    assert {"rollout", "class_attention"} <= set(found.left_out)
-    assert "attend within windows" in found.left_out["rollout"]
-    assert {"attention_distance", "attention_entropy", "patch_filters"} <= set(found.results)
+    assert set(found.left_out) == {"rollout", "class_attention", "attention_sinks", "position_similarity"}
+    for name in ("rollout", "class_attention", "attention_sinks"):
+        assert "attend within windows" in found.left_out[name]
+    assert set(found.results) == set(FILES) - set(found.left_out)
     assert found.numbers()["value"].notna().all()
 
 
@@ -125,18 +122,18 @@ def test_a_model_without_class_token_or_positions() -> None:
     assert "no class token" in found.left_out["class_attention"]
 
 
-def test_an_iterator_is_gone_through_once(model: VisionTransformer) -> None:
+def test_an_iterator_is_read_once(model: VisionTransformer) -> None:
     found = overview(model, iter([images(32, 32, batch=4)]), device="cpu")
     assert found.left_out == {}
-    assert {result.provenance["images"]["count"] for name, result in found.results.items() if name in MEASURES} == {4}
+    assert {result.provenance["images"]["count"] for name, result in found.results.items() if name in OF_IMAGES} == {4}
 
 
 def test_blocks_that_do_not_show_their_tokens() -> None:
-    """Attention is measured all the same, as far as there is something to go through again."""
+    """The measures of attention take a second pass, which an iterator does not allow."""
     parallel = branches_side_by_side()
     found = overview(parallel, images(batch=4), device="cpu")
     assert "does not take the tokens from the block before it" in found.left_out["token_norms"]
-    assert found.left_out["token_norms"] == found.left_out["representation_similarity"]
+    assert {name for name, reason in found.left_out.items() if reason == found.left_out["token_norms"]} == OF_TOKENS
     expected = mean_attention_distance(parallel, images(batch=4), device="cpu")
     distance = found.results["attention_distance"]
     np.testing.assert_array_equal(distance.to_dataframe()["distance"], expected.to_dataframe()["distance"])
@@ -146,7 +143,7 @@ def test_blocks_that_do_not_show_their_tokens() -> None:
 
 
 def test_blocks_that_cannot_be_told_apart() -> None:
-    """Which is known before the first image, so that an iterator does as well."""
+    """This is known before the first image, so an iterator suffices."""
     found = overview(Plain(shared=True), iter([images(batch=4)]), device="cpu")
     assert "has no block of its own" in found.left_out["token_norms"]
     assert found.results["attention_distance"].provenance["images"]["count"] == 4
@@ -158,9 +155,11 @@ def test_numbers_that_are_not_finite(model: VisionTransformer) -> None:
 
 
 def test_too_little_memory_for_one_measure() -> None:
-    """The others are there all the same, of an iterator too."""
+    """The others have their results, for an iterator too."""
     for given in (images(batch=9), iter([images(batch=9)])):
-        with pytest.warns(AssumptionWarning, match="memory does not hold 4 images; what is measured in batches of 4 or more"):
+        with pytest.warns(
+            AssumptionWarning, match="out of memory with a batch of 4 images; measures that need at least 4 images per batch"
+        ):
             found = overview(Hungry(3), given, batch_size=8, device="cpu")
         assert "came in smaller ones" in found.left_out["representation_similarity"]
         counts = [vars(found.results[name])["num_images"] for name in ("token_norms", "attention_distance")]
@@ -185,7 +184,7 @@ def test_of_another_library() -> None:
 def test_the_panels_can_be_drawn(model: VisionTransformer, found: Overview) -> None:
     with torch.no_grad():
         figure = plot_comparison({"one": found.panels(), "two": found.panels()}, columns=4)
-    assert len(figure.axes) == 4 * 5
+    assert len(figure.axes) == 2 * math.ceil(len(FILES) / 4) * 5  # rows of two models, four measures and their names
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert len(titles) == len(found.results) == 8
+    assert len(titles) == len(found.results) == len(FILES)
     assert pd.Series(titles).is_unique

@@ -1,20 +1,27 @@
-"""Principal components of the patch embedding against the literal reference and scikit-learn."""
+"""Filters of the first layer: principal components against the literal reference and scikit-learn, and what else they say."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from safetensors.torch import save_file
 from sklearn.decomposition import PCA
-from torch import nn
+from torch import Tensor, nn
 
 from tests import reference
 from tests.example_models import FAMILIES, small_vit
-from vit_probe import InputError, load_result, patch_filters
+from vit_probe import InputError, load_model, load_result, patch_filters
+from vit_probe.errors import AssumptionWarning
 from vit_probe.measures import PatchFiltersResult
+from vit_probe.measures.patch_filters import convolution_filters, low_frequency_share
 from vit_probe.models.config import ResNetConfig
 from vit_probe.results import weights_sha256
 
@@ -63,7 +70,7 @@ def test_the_sign_of_the_weights_and_a_common_offset_change_nothing() -> None:
     np.testing.assert_allclose(third.filters, first.filters, atol=1e-9)
 
 
-def test_signs_do_not_hang_on_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_do_not_depend_on_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     class Negative(PCA):
         def fit(self, X, y=None):
             super().fit(X)
@@ -84,7 +91,7 @@ def test_filters_of_one_known_direction() -> None:
     assert result.explained_variance_ratio[0] == pytest.approx(1)
 
 
-def test_twenty_eight_components_unless_told_otherwise() -> None:
+def test_twenty_eight_components_by_default() -> None:
     assert len(patch_filters(_model()).filters) == 28
 
 
@@ -130,7 +137,7 @@ def test_gray_filters() -> None:
 # The result
 
 
-def test_dataframe_has_a_row_a_weight() -> None:
+def test_dataframe_has_one_row_per_weight() -> None:
     result = patch_filters(_model(), components=3)
     frame = result.to_dataframe()
     assert list(frame) == ["filter", "explained_variance_ratio", "channel", "row", "col", "weight"]
@@ -194,3 +201,193 @@ def test_filters_that_are_not_finite() -> None:
 def test_no_convolution_over_colours() -> None:
     with pytest.raises(InputError, match="Sequential has no convolution over 1 or 3 colour channels"):
         patch_filters(nn.Sequential(nn.Linear(3, 3), nn.Conv2d(8, 8, 3)))
+
+
+# convolution_filters: first-layer filters from a state dict
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, (5, 4), stride=2), nn.ReLU(), nn.Conv2d(6, 3, 3), nn.Conv2d(3, 2, 3))
+
+
+def saved(state: dict[str, Tensor], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
+def test_the_filters_are_those_of_the_network_in_the_file(suffix: str, tmp_path: Path) -> None:
+    model = network()[:2]
+    path = saved(model.state_dict(), tmp_path / f"cnn{suffix}")
+    result = convolution_filters(path)
+    np.testing.assert_array_equal(result.filters, model[0].weight.detach().double().numpy())
+    np.testing.assert_array_equal(result.filters, patch_filters(model, components=None).filters)
+    assert not result.principal
+    assert np.isnan(result.explained_variance_ratio).all()
+    assert result.title == "First-layer filters (6)"
+    assert result.provenance["layers"] == ["0.weight"]
+    assert result.provenance["model"] == {
+        "name": path.name,
+        "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
+def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    state = {key: value for key, value in models.get_model(name, num_classes=2).state_dict().items() if "classifier" not in key}
+    result = convolution_filters(saved(state, tmp_path / "cnn.pth"))
+    first = {"alexnet": "features.0.weight", "resnet18": "conv1.weight"}[name]
+    assert result.provenance["layers"] == [first]
+    np.testing.assert_array_equal(result.filters, state[first].double().numpy())
+    assert len(result.plot().images) == 1
+
+
+def test_a_training_checkpoint_in_half_precision(tmp_path: Path) -> None:
+    state = {f"module.{name}": value.bfloat16() for name, value in network()[:2].state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "checkpoint.pth")
+    result = convolution_filters(tmp_path / "checkpoint.pth")
+    assert result.provenance["layers"] == ["0.weight"]
+    np.testing.assert_array_equal(result.filters, state["module.0.weight"].double().numpy())
+
+
+def test_parameters_that_are_not_colour_filters_are_skipped(tmp_path: Path) -> None:
+    """Fewer or more dimensions, other channels, single pixels, none at all."""
+    shapes = {"a": (4, 3), "b": (4, 3, 2, 2, 2), "c": (4, 6, 2, 2), "d": (4, 3, 1, 1), "e": (0, 3, 2, 2), "f": (4, 3, 1, 2)}
+    state = {name: torch.rand(shape) for name, shape in shapes.items()}
+    assert convolution_filters(saved(state, tmp_path / "cnn.pth")).provenance["layers"] == ["f"]
+
+
+@pytest.mark.parametrize(("suffix", "taken", "other"), [(".pth", "stem", "again"), (".safetensors", "again", "stem")])
+def test_the_first_of_several_is_used_and_the_others_are_named(suffix: str, taken: str, other: str, tmp_path: Path) -> None:
+    state = {"stem": torch.rand(4, 3, 2, 2), "again": torch.rand(5, 3, 3, 3)}
+    path = saved(state, tmp_path / f"cnn{suffix}")
+    with pytest.warns(
+        AssumptionWarning, match=rf"cnn\{suffix} holds several .*; using the filters of {taken}, not those of {other}"
+    ):
+        result = convolution_filters(str(path))
+    assert result.filters.shape == state[taken].shape
+
+
+def test_convolution_filters_saved_and_read_back(tmp_path: Path) -> None:
+    result = convolution_filters(saved(network()[:2].state_dict(), tmp_path / "cnn.pth"))
+    again = load_result(result.save(tmp_path / "filters.safetensors"))
+    assert isinstance(again, PatchFiltersResult)
+    np.testing.assert_array_equal(again.filters, result.filters)
+    assert again.provenance == result.provenance
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no file .*nowhere.pth"):
+        convolution_filters(tmp_path / "nowhere.pth")
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "cnn.onnx").write_bytes(b"graph")
+    with pytest.raises(
+        InputError, match=r"cnn.onnx is not a supported weights file; supported suffixes are .safetensors, .pt, .pth"
+    ):
+        convolution_filters(tmp_path / "cnn.onnx")
+
+
+def test_a_file_without_convolution_over_colours(tmp_path: Path) -> None:
+    path = saved({"conv.weight": torch.rand(4, 1, 3, 3), "fc.weight": torch.rand(2, 4)}, tmp_path / "grey.pth")
+    with pytest.raises(InputError) as caught:
+        convolution_filters(path)
+    assert str(caught.value) == (
+        f"{path} holds no convolution over 3 colour channels, a parameter of shape (filter, 3, row, col) of more than one "
+        "pixel; its first parameters are conv.weight (4, 1, 3, 3), fc.weight (2, 4)"
+    )
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    path = saved({"conv.weight": torch.full((4, 3, 3, 3), torch.inf)}, tmp_path / "cnn.pth")
+    with pytest.raises(InputError, match=r"the filters conv.weight of .*cnn.pth are not all finite"):
+        convolution_filters(path)
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    torch.save(network(), tmp_path / "cnn.pth")
+    with pytest.raises(InputError, match="cannot be read without running pickled code"):
+        convolution_filters(tmp_path / "cnn.pth")
+
+
+# low_frequency_share: against a cosine transform in loops, and closed forms
+
+
+def cosine_wave(rows: int, cols: int, down: int, across: int) -> NDArray[np.float64]:
+    """The cosine transform's wave with these numbers of half periods."""
+    y, x = np.cos(np.pi * down * (np.arange(rows) + 0.5) / rows), np.cos(np.pi * across * (np.arange(cols) + 0.5) / cols)
+    return np.outer(y, x)
+
+
+def literal_low_frequency_share(filters: NDArray[np.float64]) -> float:
+    """The share by projecting every filter on every wave, in loops."""
+    *_, rows, cols = filters.shape
+    low = total = 0.0
+    for down in range(rows):
+        for across in range(cols):
+            if down == across == 0:
+                continue
+            wave = cosine_wave(rows, cols, down, across)
+            wave /= np.linalg.norm(wave)
+            energy = sum(float((picture * wave).sum()) ** 2 for channels in filters for picture in channels)
+            total += energy
+            if down < math.ceil(rows / 2) and across < math.ceil(cols / 2):
+                low += energy
+    return low / total
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (4, 3, 11, 11), (3, 1, 4, 7), (2, 3, 1, 6)])
+def test_waves_one_at_a_time(shape: tuple[int, ...]) -> None:
+    filters = np.random.default_rng(0).normal(size=shape)
+    assert low_frequency_share(filters) == pytest.approx(literal_low_frequency_share(filters), rel=1e-12)
+
+
+def test_single_waves() -> None:
+    share = [low_frequency_share(cosine_wave(8, 8, *wave)[None, None]) for wave in ((1, 0), (3, 3), (4, 0), (2, 5), (7, 7))]
+    assert share == pytest.approx([1, 1, 0, 0, 0], abs=1e-12)
+    both = cosine_wave(8, 8, 1, 2) + 2 * cosine_wave(8, 8, 6, 5)
+    assert low_frequency_share(both[None, None]) == pytest.approx(1 / 5)
+
+
+def test_the_mean_counts_for_nothing_and_scale_for_something() -> None:
+    filters = np.random.default_rng(1).normal(size=(4, 3, 8, 8))
+    assert low_frequency_share(filters + 100) == pytest.approx(low_frequency_share(filters))
+    assert low_frequency_share(-3 * filters) == pytest.approx(low_frequency_share(filters))
+    smooth, rough = cosine_wave(8, 8, 1, 1), cosine_wave(8, 8, 7, 7)
+    assert low_frequency_share(np.stack([3 * smooth, rough])[:, None]) == pytest.approx(9 / 10)
+
+
+def test_independent_weights_have_all_frequencies_alike() -> None:
+    filters = np.random.default_rng(2).normal(size=(2000, 3, 8, 8))
+    assert low_frequency_share(filters) == pytest.approx(15 / 63, abs=0.005)
+
+
+def test_the_bundled_model_has_the_share_on_its_card() -> None:
+    filters = patch_filters(load_model("demo")).filters
+    assert low_frequency_share(filters) == pytest.approx(literal_low_frequency_share(filters), rel=1e-12)
+    assert low_frequency_share(filters) == pytest.approx(0.71, abs=0.005)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (0, 3, 8, 8)])
+def test_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"filters have shape \(.*\); they must be \(filter, channel, row, col\), none empty"):
+        low_frequency_share(np.zeros(shape))
+
+
+def test_values_that_are_not_finite() -> None:
+    with pytest.raises(InputError, match="filters are not all finite"):
+        low_frequency_share(np.full((1, 1, 2, 2), np.nan))
+
+
+@pytest.mark.parametrize(
+    "filters", [np.full((2, 3, 4, 5), 1e9 / 3), np.zeros((1, 1, 4, 5)), np.arange(12.0).reshape(4, 3, 1, 1)]
+)
+def test_filters_without_variance(filters: NDArray[np.float64]) -> None:
+    with pytest.raises(InputError, match=r"the filters, of \d x \d pixels, are constant over space"):
+        low_frequency_share(filters)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from torch import nn
 
 from tests import reference
 from tests.checkpoints.parity import randomize
 from tests.example_models import FAMILIES, small_vit
-from vit_probe import InputError, load_result, position_similarity
+from vit_probe import InputError, load_model, load_result, position_similarity
 from vit_probe.measures import PositionSimilarityResult
+from vit_probe.measures.position_similarity import position_nearness
 
 TABLES = {
     "ours": "pos_embed",
@@ -120,7 +126,7 @@ def centred(vectors: torch.Tensor, rows: int, cols: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_before_the_first_layer_only_the_table_tells_tokens_apart(name: str) -> None:
+def test_before_the_first_layer_only_the_table_distinguishes_tokens(name: str) -> None:
     family = FAMILIES[name]
     model = family.model()
     tables = [parameter for path, parameter in model.named_parameters() if path.endswith(TABLES[name])]
@@ -206,7 +212,7 @@ def test_the_number_of_layers_is_saved(tmp_path) -> None:
 # The result
 
 
-def test_dataframe_has_a_row_a_pair() -> None:
+def test_dataframe_has_one_row_per_pair() -> None:
     result = position_similarity(small_vit())
     frame = result.to_dataframe()
     assert list(frame) == ["row", "col", "other_row", "other_col", "similarity"]
@@ -279,3 +285,52 @@ def test_a_table_that_is_too_short() -> None:
         InputError, match=r"position table of Clip has 7 entries, which does not fit 4 x 4 patches; pass image_size"
     ):
         position_similarity(model)
+
+
+# position_nearness: the correlation of similarity with distance
+
+
+def literal_nearness(similarity: np.ndarray) -> float:
+    """Pair by pair, with the standard library."""
+    rows, cols = similarity.shape[:2]
+    places = [(row, col) for row in range(rows) for col in range(cols)]
+    pairs = [(one, other) for one in places for other in places if one != other]
+    return statistics.correlation(
+        [math.dist(*pair) for pair in pairs], [float(similarity[one + other]) for one, other in pairs]
+    )
+
+
+def falling_with_distance(rows: int, cols: int) -> np.ndarray:
+    """Similarity 1 less a tenth of the distance."""
+    places = np.indices((rows, cols)).reshape(2, -1).T
+    return (1 - 0.1 * np.linalg.norm(places[:, None] - places[None], axis=-1)).reshape(rows, cols, rows, cols)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 4), cols=st.integers(3, 5), seed=st.integers(0, 99))
+def test_nearness_pair_by_pair(rows: int, cols: int, seed: int) -> None:
+    similarity = np.random.default_rng(seed).uniform(-1, 1, (rows, cols, rows, cols))
+    assert position_nearness(similarity) == pytest.approx(literal_nearness(similarity), abs=1e-12)
+
+
+def test_nearness_closed_forms() -> None:
+    assert position_nearness(falling_with_distance(3, 5)) == pytest.approx(-1)
+    assert position_nearness(-falling_with_distance(3, 5)) == pytest.approx(1)
+    wrong_of_itself = falling_with_distance(3, 5)
+    np.einsum("rcrc->rc", wrong_of_itself)[:] = -9  # a patch and itself are not a pair
+    assert position_nearness(wrong_of_itself) == pytest.approx(-1)
+
+
+def test_nearness_of_the_bundled_model() -> None:
+    similarity = position_similarity(load_model("demo")).similarity
+    assert position_nearness(similarity) == pytest.approx(-0.71, abs=0.005)  # its card
+
+
+def test_nearness_errors() -> None:
+    with pytest.raises(InputError, match=r"similarity has shape \(9, 9\); it must be \(row, col, row, col\)"):
+        position_nearness(np.eye(9))
+    with pytest.raises(InputError, match="all pairs of the 3 x 3 patches are equally far apart or equally similar"):
+        position_nearness(np.full((3, 3, 3, 3), 0.5))
+    for shape in ((1, 1, 1, 1), (1, 2, 1, 2)):
+        with pytest.raises(InputError, match="needs pairs that differ in both"):
+            position_nearness(np.random.default_rng(0).uniform(size=shape))

@@ -1,4 +1,4 @@
-"""Receptive fields against literal propagation of intervals, and against what real stacks of convolutions depend on."""
+"""Receptive fields: literal propagation of intervals, and the pixels that real convolutions depend on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIXED = (SlidingLayer("a", 5, 2), SlidingLayer("b", 2, 2, pooling=True), Sliding
 
 
 def pixels_seen(layers: Sequence[SlidingLayer], unit: int) -> dict[int, float]:
-    """Every pixel that a unit of the last layer sees along an axis, with its weight if kernels are even: one path at a time."""
+    """Every pixel that a unit of the last layer sees along an axis, with its weight under uniform kernels, path by path."""
     seen = {unit: 1.0}
     for layer in reversed(layers):
         before: dict[int, float] = {}
@@ -63,7 +63,7 @@ def test_intervals_propagated_one_path_at_a_time(layers: list[SlidingLayer]) -> 
 @settings(deadline=None, max_examples=40)
 @given(LAYERS, st.integers(0, 9))
 def test_the_support_of_the_gradient_of_real_convolutions(layers: list[SlidingLayer], seed: int) -> None:
-    """A unit of a stack without padding depends on the first and the last of so many pixels, and one fewer hold no unit."""
+    """A unit of a stack without padding depends on the first and last pixel of its field; fewer pixels make no unit."""
     generator = torch.Generator().manual_seed(seed)
     width = int(receptive_field(layers).receptive_field[-1])
     signal = torch.rand(1, 1, width, dtype=torch.float64, generator=generator).requires_grad_()
@@ -89,7 +89,7 @@ def test_the_support_of_the_gradient_of_real_convolutions(layers: list[SlidingLa
 
 
 def thin(model: nn.Module) -> nn.Module:
-    """The model with one channel in each convolution, even weights, and nothing else but its geometry and its graph.
+    """The model with one channel per convolution and uniform weights, so that only its geometry and graph remain.
 
     A maximum passes its gradient to one pixel only, so that a mean takes its place.
     """
@@ -120,7 +120,7 @@ def torchvision_model(network: str) -> nn.Module:
 
 
 def outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """What the convolutions and poolings of the main path give, in their order; shortcuts are left out."""
+    """Outputs of the convolutions and poolings of the main path, in order; shortcuts are left out."""
     found: list[Tensor] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.AvgPool2d) and "downsample" not in name:
@@ -259,7 +259,7 @@ def test_plot_draws_on_the_axes_it_is_given() -> None:
 
 
 def test_no_layers() -> None:
-    with pytest.raises(InputError, match="a receptive field takes at least one layer; pass SlidingLayer"):
+    with pytest.raises(InputError, match="there are no layers; pass at least one SlidingLayer"):
         receptive_field([])
 
 

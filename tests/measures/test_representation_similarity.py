@@ -1,9 +1,7 @@
-"""Centred kernel alignment: Song's estimator as it is written, closed forms, and any model with any other."""
+"""Centred kernel alignment: the literal reference, closed forms, and pairs of different models."""
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests import reference
 from tests.example_models import FAMILIES, Hungry, images, small_vit, swin
-from tests.tokens.test_hidden_states import Tokens, run
+from tests.measures.tiles import Tokens
 from vit_probe import InputError, Preprocessing, load_result
 from vit_probe.errors import AssumptionWarning
 from vit_probe.measures.hsic import centred_pairs, inner_products
@@ -26,43 +25,12 @@ from vit_probe.measures.representation_similarity import (
 )
 from vit_probe.runner.run import AttentionRun
 
+literal = reference.centred_kernel_alignment
 NAMES = ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
 
 
-# The slow, literal version
-
-
-def song(one: np.ndarray, other: np.ndarray) -> float:
-    """Song et al. 2012, equation 5, of two kernel matrices."""
-    count = len(one)
-    k, m = one.copy(), other.copy()
-    for index in range(count):
-        k[index, index] = m[index, index] = 0.0
-    ones = np.ones(count)
-    trace = sum(k[i, j] * m[j, i] for i in range(count) for j in range(count))
-    sums = (ones @ k @ ones) * (ones @ m @ ones) / ((count - 1) * (count - 2))
-    mixed = 2 / (count - 2) * (ones @ k @ m @ ones)
-    return float((trace + sums - mixed) / (count * (count - 3)))
-
-
-def linear_kernel(tokens: np.ndarray) -> np.ndarray:
-    """Inner products of the images' tokens (image, patch, dim), by loops over images and patches."""
-    tokens = tokens.astype(np.float64)
-    return np.array([[sum(a @ b for a, b in zip(one, other, strict=True)) for other in tokens] for one in tokens])
-
-
-def literal(mine: list[np.ndarray], theirs: list[np.ndarray], sizes: list[int]) -> np.ndarray:
-    """CKA of all pairs of layers (image, patch, dim), over batches of so many images, each weighted with that number."""
-    bounds = [(start, stop) for start, stop in pairwise(np.cumsum([0, *sizes])) if stop - start >= 4]
-
-    def hsic(one: np.ndarray, other: np.ndarray) -> float:
-        return sum((t - s) * song(linear_kernel(one[s:t]), linear_kernel(other[s:t])) for s, t in bounds)
-
-    return np.array([[hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b)) for b in theirs] for a in mine])
-
-
 def feed(measure: RepresentationSimilarity, layers: list[Tensor], sizes: list[int] | None = None) -> RepresentationSimilarity:
-    """Shows the tokens (image, patch, dim) of every layer, in batches of so many images."""
+    """Show the tokens (image, patch, dim) of every layer, in batches of these sizes."""
     for batch in zip(*(layer.split(sizes or [len(layer)]) for layer in layers), strict=True):
         measure.begin_batch()
         for number, tokens in enumerate(batch):
@@ -72,7 +40,7 @@ def feed(measure: RepresentationSimilarity, layers: list[Tensor], sizes: list[in
 
 
 def random_layers(count: int, *, seed: int = 0, dims: tuple[int, ...] = (5, 3, 4), offset: float = 0.0) -> list[Tensor]:
-    """Layers that have something in common, and each something of its own."""
+    """Random layers with a common part and a part of their own."""
     random = torch.Generator().manual_seed(seed)
     shared = torch.randn(count, 6, 1, generator=random)
     return [shared + torch.randn(count, 6, dim, generator=random) + offset for dim in dims]
@@ -102,12 +70,12 @@ def test_the_estimate_is_songs(count: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     one, other = (matrix @ matrix.T for matrix in random.normal(size=(2, count, 6)))
     mine = centred_pairs(one) @ centred_pairs(other)
-    assert mine == pytest.approx(count * song(one, other), rel=1e-9, abs=1e-9)
+    assert mine == pytest.approx(count * reference.unbiased_hsic(one, other), rel=1e-9, abs=1e-9)
 
 
 def test_inner_products_of_tokens_less_the_first_images() -> None:
     tokens = random_layers(5)[0]
-    expected = linear_kernel((tokens - tokens[:1]).numpy())
+    expected = reference.linear_kernel((tokens - tokens[:1]).numpy())
     np.testing.assert_allclose(inner_products(tokens), expected, rtol=1e-6)
     np.testing.assert_allclose(inner_products(tokens.transpose(1, 2).contiguous().transpose(1, 2)), expected, rtol=1e-6)
 
@@ -115,7 +83,7 @@ def test_inner_products_of_tokens_less_the_first_images() -> None:
 def test_products_of_many_numbers_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_layers(5)[0]
     whole = inner_products(tokens)
-    monkeypatch.setattr("vit_probe.measures.hsic._AT_ONCE", 26)
+    monkeypatch.setattr("vit_probe.measures.hsic._CHUNK_SIZE", 26)
     np.testing.assert_allclose(inner_products(tokens), whole, rtol=1e-12)
 
 
@@ -145,7 +113,7 @@ def test_order_within_a_batch_is_of_no_consequence() -> None:
 
 
 def test_unrelated_layers_are_unlike_on_average() -> None:
-    """The estimator has no bias: the plain one has 1 for as many dimensions as this."""
+    """The estimator has no bias; the biased one would be close to 1 with so many dimensions."""
     random = torch.Generator().manual_seed(0)
     layers = [torch.randn(2000, 1, 400, generator=random) for _ in range(2)]
     assert abs(similarity(layers, [8] * 250)[0, 1]) < 0.05
@@ -171,7 +139,7 @@ def test_the_matrix_is_symmetric_and_at_most_one() -> None:
 @pytest.mark.parametrize("name", ["ours", "timm-registers", "transformers-siglip", "encoder"])
 def test_of_models(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images(10)
-    run(model, x).observe(seen := Tokens())
+    AttentionRun(model, x, device="cpu").observe(seen := Tokens())
     result = representation_similarity(model, x, batch_size=5, device="cpu")
     layers = [seen.of(0), seen.of(1)]
     np.testing.assert_allclose(result.similarity, literal(layers, layers, [5, 5]), atol=1e-5)
@@ -180,12 +148,12 @@ def test_of_models(name: str) -> None:
 
 @pytest.mark.parametrize("sizes", [[9], [4, 5], [6, 3]])
 def test_between_two_models(sizes: list[int]) -> None:
-    """Of other depth, width, patches and library; the last with fewer patches in later layers."""
+    """Of another depth, width, patch size and library; one merges patches."""
     x = images(48, 48, batch=9)
     models = [small_vit(image_size=48, patch_size=8, depth=3), swin()]
     kept = []
     for model in models:
-        run(model, x).observe(seen := Tokens())
+        AttentionRun(model, x, device="cpu").observe(seen := Tokens())
         kept.append([seen.of(layer) for layer in range(len(seen.layers))])
     result = representation_similarity(models[0], list(x.split(sizes)), models[1], device="cpu")
     assert result.similarity.shape == (3, 4)
@@ -215,7 +183,7 @@ def test_photographs_are_prepared_for_each_model() -> None:
     kept = []
     for model in (small, large):
         x = torch.stack([model.preprocessing(photograph) for photograph in photographs])
-        run(model, x).observe(seen := Tokens())
+        AttentionRun(model, x, device="cpu").observe(seen := Tokens())
         kept.append([seen.of(0), seen.of(1)])
     result = representation_similarity(small, photographs, large, device="cpu")
     np.testing.assert_allclose(result.similarity, literal(*kept, [6]), atol=1e-5)
@@ -271,7 +239,7 @@ def observed(model: nn.Module, x: Any, **options: Any) -> RepresentationSimilari
 
 def test_what_memory_does_not_hold_is_halved() -> None:
     x = images(batch=16)
-    with pytest.warns(AssumptionWarning, match="memory does not hold 16 images"):
+    with pytest.warns(AssumptionWarning, match="out of memory with a batch of 16 images"):
         halved = observed(Hungry(4), x, batch_size=16)
     expected = observed(small_vit(), x, batch_size=4)
     np.testing.assert_allclose(halved.compute().similarity, expected.compute().similarity, atol=1e-5)
@@ -279,7 +247,9 @@ def test_what_memory_does_not_hold_is_halved() -> None:
         halved.compute(other=observed(small_vit(), x, batch_size=16))
     with (
         pytest.warns(AssumptionWarning),
-        pytest.raises(InputError, match="memory does not hold 4 images, and what is measured needs batches of 4"),
+        pytest.raises(
+            InputError, match="out of memory with a batch of 4 images, but every measure needs at least 4 images per batch"
+        ),
     ):
         representation_similarity(Hungry(2), x, device="cpu")
 
@@ -367,13 +337,13 @@ def test_batches_that_are_too_small() -> None:
 
 def test_images_that_can_be_had_once_only() -> None:
     model = small_vit()
-    with pytest.raises(InputError, match="a generator gives them once; pass a list, a tensor"):
+    with pytest.raises(InputError, match="a generator yields them only once; pass a list, a tensor"):
         representation_similarity(model, (images() for _ in range(2)), model)
 
 
 def test_images_that_come_otherwise_the_second_time() -> None:
     class Shuffled:
-        """Batches in another order each time they are gone through."""
+        """Batches in another order each time they are read."""
 
         times = 0
 
@@ -387,7 +357,7 @@ def test_images_that_come_otherwise_the_second_time() -> None:
 
 
 def test_images_that_are_all_alike() -> None:
-    """Or all but one: of the pairs of the others nothing is left but rounding."""
+    """Or all but one: the pairs of the others leave nothing but rounding."""
     tokens = torch.randn(1, 2, 3).repeat(5, 1, 1)
     for third in (tokens[1].clone(), torch.randn(2, 3)):
         tokens[2] = third
@@ -407,6 +377,6 @@ def test_what_was_not_kept_cannot_be_compared() -> None:
     with pytest.raises(InputError, match="batches must be kept to be compared with those of another model; measure both with"):
         kept.compute(other=feed(RepresentationSimilarity(NAMES), layers))
     with pytest.raises(
-        InputError, match=r"cannot merge representation similarities of 3 layers with the options .*'keep': False"
+        InputError, match=r"cannot merge representation similarities: 3 layers with the options .*'keep': False"
     ):
         kept.merge(RepresentationSimilarity(NAMES))

@@ -1,4 +1,4 @@
-"""Attention rollout against the literal reference, closed forms and its own invariances."""
+"""Attention rollout: the literal reference, closed forms and invariances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vit_probe.runner.run import AttentionRun
 GRID = TokenGrid(3, 4, (8, 6), 2, True)
 BARE = TokenGrid(3, 4, (8, 6), 1, False)
 FUSIONS = ["mean", "max", "min"]
-WAYS: tuple[Algorithm, ...] = ("product", "maps", "recomputed")
+ALGORITHMS: tuple[Algorithm, ...] = ("product", "maps", "recomputed")
 
 
 def expected(attention: np.ndarray, grid: TokenGrid, fusion: str = "mean", ratio: float = 0.0) -> np.ndarray:
@@ -59,13 +59,13 @@ def test_random_attention_in_any_tiles(grid: TokenGrid, batch: int, tiling: dict
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_models_of_every_family_in_every_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_every_family_by_every_algorithm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
     model, x = family.model(), family.images()
     attention = expected_attention(model, x)
     run = AttentionRun(model, x, batch_size=2, device="cpu")
-    for way in WAYS:
-        go(way, monkeypatch)
+    for algorithm in ALGORITHMS:
+        use(algorithm, monkeypatch)
         measures = [
             AttentionRollout(family.grid, head_fusion=fusion, discard_ratio=ratio)
             for fusion, ratio in (("mean", 0.0), ("max", 0.9), ("min", 0.0), ("mean", 0.5))
@@ -76,16 +76,16 @@ def test_models_of_every_family_in_every_way(name: str, monkeypatch: pytest.Monk
             slow = expected(attention, family.grid, measure.head_fusion, measure.discard_ratio)
             np.testing.assert_allclose(result.maps, slow, rtol=0, atol=1e-6)
             assert result.maps.std(axis=(1, 2)).min() > 1e-3
-            assert result.algorithm == way
+            assert result.algorithm == algorithm
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "way"), [(24, (24, 24), "product"), (16, (24, 24), "maps"), (4, (40, 36), "recomputed")]
+    ("width", "size", "algorithm"), [(24, (24, 24), "product"), (16, (24, 24), "maps"), (4, (40, 36), "recomputed")]
 )
-def test_the_way_is_chosen_by_tokens_and_width(width: int, size: tuple[int, int], way: Algorithm) -> None:
+def test_the_algorithm_is_chosen_by_tokens_and_width(width: int, size: tuple[int, int], algorithm: Algorithm) -> None:
     model, x = small_vit(embed_dim=width), images(*size)
     result = attention_rollout(model, x, device="cpu")
-    assert result.algorithm == way
+    assert result.algorithm == algorithm
     np.testing.assert_allclose(result.maps, expected(expected_attention(model, x), model.token_grid(*size)), rtol=0, atol=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_without_prefix_tokens_each_map_sums_to_one() -> None:
 
 
 def test_layers_multiply_from_the_left() -> None:
-    """The class token looks at patch 0 in the last layer, which looked at patch 5 in the first; not the other way round."""
+    """In the last layer the class token attends to patch 0, which attended to patch 5 in the first layer."""
     attention = np.broadcast_to(np.eye(14), (2, 1, 1, 14, 14)).copy()
     attention[1, 0, 0, 0] = np.eye(14)[2]
     attention[0, 0, 0, 2] = np.eye(14)[7]
@@ -168,7 +168,7 @@ def test_the_tile_size_changes_nothing(tile_bytes: int) -> None:
 
 
 def test_layers_of_different_heads_group_images_differently() -> None:
-    """Tiles hold as many images as fit: a layer of one head, twice those of a layer of two."""
+    """A tile holds as many images as fit, so a layer of one head has twice as many as a layer of two."""
     wide, narrow = (
         random_attention(GRID, layers=1, batch=4, heads=2),
         random_attention(GRID, layers=2, batch=4, heads=1, seed=1),
@@ -219,12 +219,12 @@ def test_non_square_images() -> None:
     np.testing.assert_allclose(result.maps, expected(expected_attention(model, x), grid), rtol=0, atol=1e-6)
 
 
-# The three ways
+# The three algorithms
 
 
-def go(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has every rollout go this way."""
-    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_algorithm", lambda inputs: way)
+def use(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every rollout use this algorithm."""
+    monkeypatch.setattr("vit_probe.measures.rollout.cheapest_algorithm", lambda inputs: algorithm)
 
 
 class Layers(nn.Module):
@@ -248,7 +248,7 @@ def literal(q: torch.Tensor, k: torch.Tensor, biases: dict[int, torch.Tensor] | 
 
 
 class WithoutTiles(AttentionRollout):
-    """Must never be shown a tile."""
+    """A rollout that fails if it is shown a tile."""
 
     def update(self, tile: Any) -> None:
         raise AssertionError("a tile was shown")
@@ -260,7 +260,7 @@ def inputs_of(heads: int, tokens: int, dim: int, *, biased: bool = False) -> Att
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "way"),
+    ("heads", "tokens", "algorithm"),
     [
         (6, 197, "product"),  # ViT-S/16
         (6, 288, "product"),
@@ -275,15 +275,15 @@ def inputs_of(heads: int, tokens: int, dim: int, *, biased: bool = False) -> Att
         (12, 4097, "recomputed"),
     ],
 )
-def test_the_cheapest_way_by_size(heads: int, tokens: int, way: Algorithm) -> None:
-    assert cheapest_algorithm(inputs_of(heads, tokens, 64)) == way
-    assert cheapest_algorithm(inputs_of(heads, tokens, 64, biased=True)) == ("maps" if way == "recomputed" else way)
+def test_the_cheapest_algorithm_by_size(heads: int, tokens: int, algorithm: Algorithm) -> None:
+    assert cheapest_algorithm(inputs_of(heads, tokens, 64)) == algorithm
+    assert cheapest_algorithm(inputs_of(heads, tokens, 64, biased=True)) == ("maps" if algorithm == "recomputed" else algorithm)
 
 
 @pytest.mark.parametrize("grid", [GRID, BARE, TokenGrid(3, 4, (8, 6), 0, False)], ids=["class token", "register", "bare"])
-@pytest.mark.parametrize("way", WAYS)
-def test_batches_one_after_the_other(way: Algorithm, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_batches_one_after_the_other(algorithm: Algorithm, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(algorithm, monkeypatch)
     q, k = queries_and_keys(grid)
     slow = expected(literal(q, k), grid)
     with attention_hooks(model := Layers(), measure := AttentionRollout(grid), tile_bytes=900):
@@ -292,11 +292,13 @@ def test_batches_one_after_the_other(way: Algorithm, grid: TokenGrid, monkeypatc
     np.testing.assert_allclose(measure.compute().maps, np.concatenate([slow, slow]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("biased", [(1,), (0, 2), (0, 1, 2)])
-def test_layers_with_a_bias_are_never_recomputed(way: Algorithm, biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mask may leave a query nothing, so that rows of A need not sum to 1 before they are divided."""
-    go(way, monkeypatch)
+def test_layers_with_a_bias_are_never_recomputed(
+    algorithm: Algorithm, biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask may hide all keys from a query, so rows of A need not sum to 1 before they are divided by their sum."""
+    use(algorithm, monkeypatch)
     q, k = queries_and_keys(GRID)
     shut = torch.rand(3, 2, 14, 14, generator=torch.Generator().manual_seed(0)) > 0.7
     shut[:, :, 3] = True
@@ -311,7 +313,7 @@ def test_layers_with_a_bias_are_never_recomputed(way: Algorithm, biased: tuple[i
 @pytest.mark.parametrize(("fusion", "ratio"), [("mean", 0.0), ("max", 0.0), ("min", 0.3), ("mean", 0.9)])
 @pytest.mark.parametrize("tile_bytes", [1, 60, 500, 1500, 1 << 20])
 def test_tiles_of_any_size_are_recomputed(fusion: str, ratio: float, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    go("recomputed", monkeypatch)
+    use("recomputed", monkeypatch)
     monkeypatch.setattr(rollout_algorithms, "TILE_BYTES", tile_bytes)
     q, k = queries_and_keys(GRID, batch=2, heads=3)
     measure = WithoutTiles(GRID, head_fusion=fusion, discard_ratio=ratio)
@@ -321,7 +323,7 @@ def test_tiles_of_any_size_are_recomputed(fusion: str, ratio: float, tile_bytes:
 
 
 @pytest.mark.parametrize(("grid", "asked"), [(GRID, [1, 14, 14]), (BARE, [12, 13, 13])])
-def test_of_the_last_layer_only_what_is_read_is_recomputed(
+def test_only_the_rows_that_are_read_of_the_last_layer_are_recomputed(
     grid: TokenGrid, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries: list[int] = []
@@ -331,7 +333,7 @@ def test_of_the_last_layer_only_what_is_read_is_recomputed(
             queries.append(inputs.query.shape[-2])
             return super().__call__(inputs, *others)
 
-    go("recomputed", monkeypatch)
+    use("recomputed", monkeypatch)
     monkeypatch.setattr(rollout_algorithms, "TiledAttention", Recording)
     q, k = queries_and_keys(grid, batch=2)
     with attention_hooks(model := Layers(), measure := WithoutTiles(grid)):
@@ -355,9 +357,9 @@ def test_recomputing_holds_queries_and_keys_only(fusion: str, matrices: float, m
     assert largest.nbytes <= matrices * 512 * 512 * 4
 
 
-def test_what_was_kept_is_the_measures_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models may write into their queries and keys afterwards."""
-    go("recomputed", monkeypatch)
+def test_kept_queries_and_keys_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models may write to their queries and keys afterwards."""
+    use("recomputed", monkeypatch)
     q, k = queries_and_keys(GRID)
     slow = expected(literal(q, k), GRID)
     with attention_hooks(model := Layers(), measure := AttentionRollout(GRID)):
@@ -382,14 +384,14 @@ def test_four_thousand_tokens() -> None:
     np.testing.assert_allclose(result.maps.ravel(), row[1:], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_way_is_told(way: Algorithm, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_result_names_the_algorithm(algorithm: Algorithm, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(algorithm, monkeypatch)
     model = small_vit()
     result = attention_rollout(model, images(), device="cpu")
-    assert result.algorithm == way
+    assert result.algorithm == algorithm
     again = load_result(result.save(tmp_path / "rollout.safetensors"))
-    assert again.algorithm == way
+    assert again.algorithm == algorithm
     grid = model.token_grid(24, 24)
     with torch.no_grad(), attention_hooks(model, measure := AttentionRollout(grid)):
         model(images())
@@ -398,13 +400,13 @@ def test_the_way_is_told(way: Algorithm, tmp_path, monkeypatch: pytest.MonkeyPat
     merged.merge(measure)
     measure.merge(AttentionRollout(grid))
     for other in (restored, merged, measure):
-        assert other.compute().algorithm == way
+        assert other.compute().algorithm == algorithm
         np.testing.assert_array_equal(other.compute().maps, result.maps)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_shards_of_any_way_are_put_in_order(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_shards_of_any_algorithm_are_put_in_order(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(algorithm, monkeypatch)
     q, k = queries_and_keys(GRID)
     shards = [AttentionRollout(GRID), AttentionRollout(GRID)]
     for shard, shown in zip(shards, ([2], [0, 1]), strict=True):
@@ -416,7 +418,7 @@ def test_shards_of_any_way_are_put_in_order(way: Algorithm, monkeypatch: pytest.
 
 
 class BreaksOff:
-    """Has a rollout watch so many layers, then fails."""
+    """Passes some layers on to a rollout, then raises."""
 
     def __init__(self, measure: AttentionRollout, layers: int) -> None:
         self.measure, self.layers = measure, layers
@@ -430,28 +432,30 @@ class BreaksOff:
         self.measure.update(tile)
 
 
-@pytest.mark.parametrize("taken_back", [True, False])
-@pytest.mark.parametrize("way", WAYS)
-def test_an_interrupted_pass_in_every_way(way: Algorithm, taken_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("rolled_back", [True, False])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_interrupted_pass_in_every_algorithm(
+    algorithm: Algorithm, rolled_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(algorithm, monkeypatch)
     model, measure, (q, k) = Layers(), AttentionRollout(GRID), queries_and_keys(GRID)
     for failing in (True, False):
         measure.begin_batch()
         with suppress(RuntimeError), attention_hooks(model, BreaksOff(measure, layers=2 if failing else 3)):
             model(q, k)
-        if failing and taken_back:
+        if failing and rolled_back:
             measure.roll_back()
-    if taken_back:
+    if rolled_back:
         np.testing.assert_allclose(measure.compute().maps, expected(literal(q, k), GRID), rtol=0, atol=1e-6)
     else:
         with pytest.raises(InputError, match="images went through different numbers of layers: 2, 3"):
             measure.compute()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_half_precision_and_autocast_in_every_way(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the model's own queries and keys are rounded, not what is computed of them; `compute` may be called in autocast."""
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_half_precision_and_autocast_in_every_algorithm(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the model's queries and keys are rounded, nothing computed from them; `compute` may be called under autocast."""
+    use(algorithm, monkeypatch)
     q, k = queries_and_keys(GRID).bfloat16()
     for cast in (True, False):
         measure = AttentionRollout(GRID)
@@ -463,9 +467,9 @@ def test_half_precision_and_autocast_in_every_way(way: Algorithm, monkeypatch: p
         np.testing.assert_allclose(maps, expected(literal(q.float(), k.float()), GRID), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_gradients_and_inference_mode_in_every_way(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gradients_and_inference_mode_in_every_algorithm(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(algorithm, monkeypatch)
     model, x = small_vit(), images()
     grid = model.token_grid(24, 24)
     slow = expected(expected_attention(model, x), grid)
@@ -477,9 +481,9 @@ def test_gradients_and_inference_mode_in_every_way(way: Algorithm, monkeypatch: 
     np.testing.assert_allclose(measure.compute().maps, np.concatenate([slow, slow]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_beside_an_observer_that_wants_tiles(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_beside_an_observer_that_wants_tiles(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(algorithm, monkeypatch)
     q, k = queries_and_keys(GRID)
     with attention_hooks(model := Layers(), measure := AttentionRollout(GRID), seen := Assemble(), tile_bytes=900):
         model(q, k)
@@ -487,9 +491,9 @@ def test_beside_an_observer_that_wants_tiles(way: Algorithm, monkeypatch: pytest
     np.testing.assert_allclose(measure.compute().maps, expected(literal(q, k), GRID), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_other_tokens_than_the_grids_in_every_way(way: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(way, monkeypatch)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_other_tokens_than_the_grids_in_every_algorithm(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(algorithm, monkeypatch)
     with pytest.raises(InputError, match=r"attention covers 13 tokens, but TokenGrid.*accounts for 14"):  # noqa: SIM117
         with attention_hooks(model := Layers(), AttentionRollout(GRID)):
             model(*queries_and_keys(BARE))
@@ -505,7 +509,7 @@ def result() -> AttentionRolloutResult:
     return attention_rollout(model, images(), discard_ratio=0.25, device="cpu")
 
 
-def test_dataframe_has_a_row_a_patch_of_an_image(result: AttentionRolloutResult) -> None:
+def test_dataframe_has_one_row_per_image_and_patch(result: AttentionRolloutResult) -> None:
     frame = result.to_dataframe()
     assert list(frame) == ["image", "name", "row", "col", "rollout"]
     assert len(frame) == 3 * 3 * 4
@@ -586,7 +590,7 @@ def test_shards_that_do_not_belong_together(other: AttentionRollout) -> None:
 
 
 @pytest.mark.parametrize(("tiles", "layers"), [(2, "1, 3"), (4, "1, 2, 3"), (8, "2, 3")])
-def test_an_interrupted_batch_is_not_passed_off_as_a_map(tiles: int, layers: str) -> None:
+def test_an_interrupted_batch_makes_no_map(tiles: int, layers: str) -> None:
     attention = random_attention(GRID, layers=3)
     measure = feed(AttentionRollout(GRID), attention)
     with pytest.raises(RuntimeError, match="interrupted"):

@@ -1,4 +1,4 @@
-"""Norms of tokens: any split of the images, and artifacts where some are planted, and only there."""
+"""Norms of tokens: any split of the images, and artifacts exactly where they are planted."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from tests.example_models import FAMILIES, images, small_vit, swin
-from tests.tokens.test_hidden_states import Tokens, run
+from tests.measures.tiles import Tokens
 from vit_probe import InputError, load_result
 from vit_probe.measures.token_norms import TokenNorms, TokenNormsResult, token_norms
+from vit_probe.runner.run import AttentionRun
 
 NAMES = ["blocks.0.attn", "blocks.1.attn"]
 BIN = 2 ** (1 / 128)
 
 
 def feed(measure: TokenNorms, layers: list[Tensor], parts: int | list[int] | None = None) -> TokenNorms:
-    """Shows the tokens (image, patch, dim) of every layer, in batches of so many images."""
+    """Show the tokens (image, patch, dim) of every layer, in batches of `parts` images."""
     for batch in zip(*(layer.split(parts or len(layer)) for layer in layers), strict=True):
         measure.begin_batch()
         for number, tokens in enumerate(batch):
@@ -41,7 +42,7 @@ def tokens_of(norms: np.ndarray, dim: int = 5, seed: int = 0) -> Tensor:
 
 
 def planted(part: float, *, factor: float = 8.0, spread: float = 0.15, count: int = 20000, seed: int = 0) -> np.ndarray:
-    """Log-normal norms about 30 of 100 images, of which a part is `factor` times as large."""
+    """Log-normal norms (image, patch) around 30 of 100 images; the share `part` is `factor` times as large."""
     random = np.random.default_rng(seed)
     norms = 30 * np.exp(random.normal(0, spread, count))
     norms[: round(part * count)] *= factor
@@ -59,7 +60,7 @@ def compute(*layers: np.ndarray, **options: Any) -> TokenNormsResult:
 @pytest.mark.parametrize("name", ["ours", "timm-registers", "transformers-dinov2", "encoder"])
 def test_the_norms_are_those_of_the_tokens(name: str) -> None:
     model, x = FAMILIES[name].model(), FAMILIES[name].images(4)
-    run(model, x).observe(seen := Tokens())
+    AttentionRun(model, x, device="cpu").observe(seen := Tokens())
     result = token_norms(model, x, batch_size=3, device="cpu")
     frame = result.to_dataframe()
     for layer in range(2):
@@ -103,7 +104,7 @@ def test_any_split_and_any_merging_gives_the_same(parts: list[int], cut: int, or
             np.testing.assert_array_equal(getattr(result, name), value)
 
 
-def test_a_batch_that_is_taken_back_does_not_count() -> None:
+def test_a_batch_that_is_rolled_back_does_not_count() -> None:
     layers = [torch.ones(2, 3, 4), torch.ones(2, 3, 4)]
     measure = feed(TokenNorms(NAMES), layers)
     measure.begin_batch()
@@ -167,7 +168,7 @@ def test_planted_artifacts_are_found(part: float) -> None:
 
 @pytest.mark.parametrize("factors", [(8, 20), (8, 12), (8, 16)])
 def test_artifacts_of_two_kinds_are_found(factors: tuple[int, int]) -> None:
-    """Though the tokens are few about the mean of their component, which lies between the two kinds."""
+    """Although few tokens lie near the mean of their component, which is between the two kinds."""
     norms = planted(0).ravel()
     for number, factor in enumerate(factors):
         norms[number * 60 : (number + 1) * 60] *= factor
@@ -179,7 +180,7 @@ def test_artifacts_of_two_kinds_are_found(factors: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("count", "found"), [(8, False), (40, True)])
 def test_few_artifacts(count: int, found: bool) -> None:
-    """As the docstring says: some 40 among all images are told from chance."""
+    """About 40 in all images are enough to be distinguished from chance, as the docstring says."""
     norms = planted(0).ravel()[:2048].reshape(8, 256)
     norms[:, : count // 8] *= 8
     result = compute(norms)
@@ -199,7 +200,7 @@ def test_norms_of_zero_hide_no_artifacts() -> None:
     assert compute(np.zeros((3, 4))).artifacts.tolist() == [0.0]
 
 
-def test_the_threshold_is_where_scikit_learn_changes_its_mind() -> None:
+def test_the_threshold_is_that_of_scikit_learn() -> None:
     norms = planted(0.05, factor=4.0, spread=0.2)
     result = compute(norms)
     logs = np.log(norms.reshape(-1, 1))
@@ -240,7 +241,7 @@ def test_no_artifacts_where_there_is_one_group(what: str, norms: np.ndarray) -> 
 
 @pytest.mark.parametrize(("images", "found"), [(3, False), (40, False), (60, True), (100, True)])
 def test_artifacts_are_in_most_images(images: int, found: bool) -> None:
-    """Elsewhere the same tokens in few images are what these images show."""
+    """In few images, the same tokens are part of what these images show."""
     norms = planted(0)
     norms[:images, :10] *= 8
     result = compute(norms)
@@ -266,7 +267,7 @@ def result() -> TokenNormsResult:
     return compute(planted(0), planted(0.02))
 
 
-def test_dataframe_and_summary_have_a_row_a_layer(result: TokenNormsResult) -> None:
+def test_dataframe_and_summary_have_one_row_per_layer(result: TokenNormsResult) -> None:
     frame = result.to_dataframe()
     assert list(frame) == [
         *("layer", "module", "tokens", "lowest", "median", "highest", "threshold", "artifacts", "artifact_images"),
@@ -332,5 +333,5 @@ def test_norms_that_are_not_finite() -> None:
 
 
 def test_measures_of_other_layers_are_not_merged() -> None:
-    with pytest.raises(InputError, match="cannot merge token norms of 1 layers with the options"):
+    with pytest.raises(InputError, match=r"cannot merge token norms: 1 layers with the options \{\} and 2 layers"):
         TokenNorms(NAMES).merge(TokenNorms(NAMES[:1]))

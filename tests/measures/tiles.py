@@ -26,7 +26,7 @@ grids = st.builds(
 def random_attention(
     grid: TokenGrid, *, layers: int = 2, batch: int = 3, heads: int = 2, sharpness: float = 2.0, seed: int = 0
 ) -> np.ndarray:
-    """(layer, batch, head, query, key), rows summing to 1; what float32 holds, in float64."""
+    """Random weights (layer, batch, head, query, key), rows summing to 1, rounded to float32 and returned in float64."""
     scores = np.random.default_rng(seed).normal(scale=sharpness, size=(layers, batch, heads, grid.num_tokens, grid.num_tokens))
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return (weights / weights.sum(-1, keepdims=True)).astype(np.float32).astype(np.float64)
@@ -51,28 +51,26 @@ def feed(
     disposable: bool = False,
     dtype: Any = torch.float32,
 ) -> Any:
-    """Shows `measure` the attention in batches, in tiles of so many images, queries and heads, and spoils each tile after.
+    """Show `measure` the attention in batches, in tiles of at most `images` images, `rows` queries and `heads` heads.
 
-    Before that it sees to it that a measure writes to disposable tiles only.
+    Checks that a measure writes to disposable tiles only, and spoils each tile afterwards, as `attention_hooks` does when it
+    uses the memory again.
     """
     layers, total = attention.shape[:2]
     for first in range(0, total, batch_size):
         batch = torch.tensor(attention[:, first : first + batch_size], dtype=dtype)
         for layer in range(layers):
             for tile in tiles_of(batch[layer], layer, images, rows, heads):
-                held = [memory for memory in (tile.probabilities, tile.scores) if memory is not None]
-                before = [memory.clone() for memory in held]
+                before = tile.probabilities.clone()
                 measure.update(replace(tile, disposable=disposable))
-                assert disposable or all(map(torch.equal, held, before))
-                for memory in held:
-                    memory.fill_(torch.nan)
+                assert disposable or torch.equal(tile.probabilities, before)
+                tile.probabilities.fill_(torch.nan)
     return measure
 
 
 def tiles_of(attention: Tensor, layer: int, images: int, rows: int, heads: int) -> Iterator[AttentionTile]:
-    """Tiles of a layer as `attention_hooks` cuts them, with scores; each has memory of its own."""
+    """Yield the tiles of a layer in the order of `attention_hooks`, each in memory of its own."""
     batch, num_heads, tokens, _ = attention.shape
-    scores = scores_of(attention)
     for image in range(0, batch, images):
         for query in range(0, tokens, rows):
             for head in range(0, num_heads, heads):
@@ -81,19 +79,13 @@ def tiles_of(attention: Tensor, layer: int, images: int, rows: int, heads: int) 
                 count, some, length, _ = probabilities.shape
                 places = (slice(image, image + count), slice(head, head + some), slice(query, query + length))
                 name = f"blocks.{layer}.attn"
-                yield AttentionTile(layer, name, *places, num_heads, tokens, probabilities, scores[part].clone())
-
-
-def scores_of(attention: Tensor) -> Tensor:
-    """What softmax makes `attention` of: 0 where it is largest, and finite where it is 0."""
-    logarithms = attention.log()
-    return (logarithms - logarithms.amax(dim=-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).min)
+                yield AttentionTile(layer, name, *places, num_heads, tokens, probabilities)
 
 
 def merged_shards(make: Callable[[], Any], attention: np.ndarray, order: list[int], cuts: list[int]) -> Any:
-    """What measures have seen together of which each saw the images between two cuts, merged in some order."""
+    """Cut the images into shards, show each shard to a measure of its own, and merge the measures in some order."""
     bounds = [0, *cuts, attention.shape[1]]
-    shards = [feed(make(), attention[:, bounds[i] : bounds[i + 1]]) for i in order]  # some of them empty
+    shards = [feed(make(), attention[:, bounds[i] : bounds[i + 1]]) for i in order]  # some are empty
     for shard in shards[1:]:
         shards[0].merge(shard)
     return shards[0]
@@ -110,8 +102,55 @@ tilings = st.fixed_dictionaries(
 )
 
 
+class Tokens:
+    """An observer that keeps the patch tokens after each block."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, list[np.ndarray]] = {}
+
+    def update(self, tile: AttentionTile) -> None:
+        """Do nothing."""
+
+    def begin_layer(self, inputs: Any) -> bool:
+        return False
+
+    def update_tokens(self, layer: int, tokens: Tensor) -> None:
+        self.layers.setdefault(layer, []).append(tokens.cpu().numpy().copy())
+
+    def of(self, layer: int) -> np.ndarray:
+        """(image, patch, dim)"""
+        return np.concatenate(self.layers[layer])
+
+
+def arrays_of(result: Any) -> dict[str, np.ndarray]:
+    """All arrays of a result, those in dictionaries as `field/name`."""
+    arrays: dict[str, np.ndarray] = {}
+    for field, value in vars(result).items():
+        named = {field: value} if not isinstance(value, dict) else {f"{field}/{name}": one for name, one in value.items()}
+        arrays |= {name: one for name, one in named.items() if isinstance(one, np.ndarray)}
+    return arrays
+
+
+def of_tokens(function: Any, tokens: Tensor, rows: int, cols: int, **options: Any) -> np.ndarray:
+    """The values of each image that a measure per layer has of these tokens (image, patch, dim)."""
+
+    class Run:
+        layers = ("layer",)
+
+        class layout:
+            @staticmethod
+            def grid_of(layer: int) -> TokenGrid:
+                return TokenGrid(rows, cols, (8, 8), 0, False)
+
+    measure = function.spec.start(Run, **(dict(function.spec.options) | {"per_image": True} | options))
+    measure.begin_batch()
+    measure.update_tokens(0, tokens)
+    measure.end_batch()
+    return measure.compute().per_image[function.spec.name][:, 0]
+
+
 class FailsAfter:
-    """Shows a measure so many tiles, then breaks off."""
+    """Passes some tiles on to a measure, then raises."""
 
     def __init__(self, measure: Any, tiles: int) -> None:
         self.measure, self.tiles = measure, tiles

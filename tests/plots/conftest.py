@@ -1,4 +1,4 @@
-"""A small table of attention distances, and a guard against global state."""
+"""A small table of attention distances, and a check that plots leave global state alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ mpl.use("Agg")
 
 @pytest.fixture
 def frame() -> pd.DataFrame:
-    """Six layers of four heads, in no particular order of distance."""
+    """Six layers of four heads with random distances."""
     layer, head = (index.ravel() for index in np.indices((6, 4)))
     rng = np.random.default_rng(0)
     return pd.DataFrame(
@@ -32,7 +32,7 @@ def frame() -> pd.DataFrame:
 
 @pytest.fixture(autouse=True)
 def _no_global_state() -> Iterator[None]:
-    """No plot may register a figure with pyplot, or leave a setting changed."""
+    """No plot may register a figure with pyplot or leave a setting changed."""
     import matplotlib.pyplot as plt
 
     before = mpl.rcParams.copy()

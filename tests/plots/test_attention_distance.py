@@ -23,7 +23,7 @@ def _dots(axes: Axes) -> PathCollection:
     return dots
 
 
-def test_a_dot_a_head_at_its_layer_and_distance(frame: pd.DataFrame) -> None:
+def test_one_dot_per_head_at_its_layer_and_distance(frame: pd.DataFrame) -> None:
     dots = _dots(plot_attention_distance(frame))
     np.testing.assert_array_equal(dots.get_offsets(), frame[["layer", "distance"]])
     np.testing.assert_array_equal(dots.get_array(), frame["patch_mass"])
@@ -156,7 +156,7 @@ def test_errors_say_what_arrived(frame: pd.DataFrame, plot) -> None:  # type: ig
     with pytest.raises(InputError, match="no rows; measure at least one head"):
         plot(frame.iloc[:0])
     mixed = frame.assign(uniform_distance=np.where(frame["head"] < 3, 116.5, 270.0))
-    with pytest.raises(InputError, match=r"distances from 116\.5 to 270; draw one grid at a time"):
+    with pytest.raises(InputError, match=r"several grids \(uniform_distance from 116\.5 to 270\); draw one grid at a time"):
         plot(mixed)
 
 
@@ -202,6 +202,6 @@ def test_sorted_heads_of_a_shallow_model(frame: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("layers", [[0, 6], [-1], []])
-def test_sorted_heads_refuse_absent_layers(frame: pd.DataFrame, layers: list[int]) -> None:
+def test_sorted_heads_of_absent_layers(frame: pd.DataFrame, layers: list[int]) -> None:
     with pytest.raises(InputError, match=r"layers \[.*\] were asked for, but there are layers 0 to 5; name some of those"):
         plot_sorted_heads(frame, layers=layers)

@@ -16,7 +16,7 @@ def _several(frame: pd.DataFrame, count: int) -> dict[str, pd.DataFrame]:
     return {f"epoch {index}": frame.assign(distance=frame.distance + 7 * index) for index in range(count)}
 
 
-def test_a_panel_a_table_with_its_dots_and_title(frame: pd.DataFrame) -> None:
+def test_one_panel_per_table_with_its_dots_and_title(frame: pd.DataFrame) -> None:
     frames = _several(frame, 3)
     figure = plot_attention_distances(frames)
     assert [axes.get_title() for axes in figure.axes] == list(frames)
@@ -27,7 +27,7 @@ def test_a_panel_a_table_with_its_dots_and_title(frame: pd.DataFrame) -> None:
     assert np.ptp([edge.width for edge in edges]) < 1e-9
 
 
-def test_panels_share_the_vertical_axis_and_what_is_said_once(frame: pd.DataFrame) -> None:
+def test_panels_share_the_vertical_axis_legend_and_colour_bar(frame: pd.DataFrame) -> None:
     figure = plot_attention_distances({"far": frame, "near": frame.assign(distance=frame.distance / 4, uniform_distance=30.0)})
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
     assert figure.axes[1].get_ylim()[0] == 0
@@ -82,4 +82,4 @@ def test_errors_say_what_arrived(frame: pd.DataFrame) -> None:
     with pytest.raises(InputError, match="there is no table of attention distances to draw; give at least one, by title"):
         plot_attention_distances({})
     with pytest.raises(InputError, match="lacks the columns std"):
-        plot_attention_distances({"whole": frame, "torn": frame.drop(columns="std")})
+        plot_attention_distances({"complete": frame, "incomplete": frame.drop(columns="std")})

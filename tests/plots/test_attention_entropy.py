@@ -1,4 +1,4 @@
-"""Attention entropy against depth and against distance: what is drawn, where, and what is refused."""
+"""Attention entropy against depth and against distance: what is drawn and where, and the errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots.attention_entropy import plot_attention_entropy, plot_entropy_and_distance, plot_entropy_sheet
 
@@ -50,7 +50,7 @@ def _dots(axes: Axes, index: int = -1) -> PathCollection:
 # Against depth
 
 
-def test_a_dot_a_head_at_its_layer_and_entropy(entropies: pd.DataFrame) -> None:
+def test_one_dot_per_head_at_its_layer_and_entropy(entropies: pd.DataFrame) -> None:
     axes = plot_attention_entropy(entropies)
     dots = _dots(axes)
     np.testing.assert_array_equal(dots.get_offsets(), entropies[["layer", "entropy"]])
@@ -111,20 +111,21 @@ def test_heads_that_are_certain_start_at_zero(entropies: pd.DataFrame) -> None:
 
 def test_errors_say_what_arrived(entropies: pd.DataFrame) -> None:
     with pytest.raises(
-        InputError, match=r"entropies lacks the columns std, prefix_mass; .* attention_entropy gives as to_dataf"
+        InputError,
+        match=r"heads by entropy lacks the columns entropy, std; pass .* of heads gives as to_dataframe\(\)",
     ):
-        plot_attention_entropy(entropies.drop(columns=["std", "prefix_mass"]))
-    with pytest.raises(InputError, match="table of attention entropies has no rows; measure at least one head"):
+        plot_attention_entropy(entropies.drop(columns=["std", "entropy"]))
+    with pytest.raises(InputError, match="table of heads by entropy has no rows; measure at least one head"):
         plot_attention_entropy(entropies.iloc[:0])
     mixed = entropies.assign(uniform_entropy=np.where(entropies["head"] < 3, 4.0, 5.0))
-    with pytest.raises(InputError, match="uniform attention has entropies from 4 to 5; draw one grid at a time"):
+    with pytest.raises(InputError, match=r"several grids \(uniform_entropy from 4 to 5\); draw one grid at a time"):
         plot_attention_entropy(mixed)
 
 
 # Against distance
 
 
-def test_a_dot_a_head_at_its_distance_and_entropy(joint: pd.DataFrame) -> None:
+def test_one_dot_per_head_at_its_distance_and_entropy(joint: pd.DataFrame) -> None:
     axes = plot_entropy_and_distance(joint)
     dots = _dots(axes, 0)
     np.testing.assert_array_equal(dots.get_offsets(), joint[["distance", "entropy"]])
@@ -157,7 +158,7 @@ def test_draws_on_the_axes_it_is_given(joint: pd.DataFrame) -> None:
         assert axes.collections
 
 
-def test_what_is_no_joint_table(entropies: pd.DataFrame, joint: pd.DataFrame) -> None:
+def test_errors_of_the_joint_table(entropies: pd.DataFrame, joint: pd.DataFrame) -> None:
     with pytest.raises(InputError, match="lacks the columns distance, uniform_distance; pass what head_table gives"):
         plot_entropy_and_distance(entropies)
     with pytest.raises(InputError, match="distances and entropies has no rows"):

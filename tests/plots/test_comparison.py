@@ -1,5 +1,3 @@
-"""Measures of several models side by side."""
-
 from __future__ import annotations
 
 from functools import partial
@@ -11,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tests.plots.overlap_checks import assert_apart
 from vit_probe.errors import InputError
 from vit_probe.plots import plot_attention_distance, plot_patch_filters, plot_position_similarity, plot_rollout
 from vit_probe.plots.comparison import Panel, plot_comparison, plot_range
@@ -37,11 +36,11 @@ def rows(frame: pd.DataFrame) -> dict[str, dict[str, Panel]]:
 
 
 def _grid(figure: Figure, columns: int) -> list[list[Axes]]:
-    """The rows of panels, each after its name."""
+    """Axes row by row; the first of a row holds its name."""
     return [figure.axes[first : first + columns + 1] for first in range(0, len(figure.axes), columns + 1)]
 
 
-def test_a_row_a_model_and_a_column_a_measure(rows: dict[str, dict[str, Panel]]) -> None:
+def test_one_row_per_model_and_one_column_per_measure(rows: dict[str, dict[str, Panel]]) -> None:
     figure = plot_comparison(rows)
     trained, random = _grid(figure, 4)
     assert [line[0].texts[0].get_text() for line in (trained, random)] == ["trained", "random"]
@@ -53,7 +52,7 @@ def test_a_row_a_model_and_a_column_a_measure(rows: dict[str, dict[str, Panel]])
         assert all(len(axes.images) == 1 for axes in line[2:])
 
 
-def test_a_measure_has_one_scale_and_one_name_of_its_axis(rows: dict[str, dict[str, Panel]]) -> None:
+def test_graphs_of_a_column_share_limits_and_the_label_of_their_axis(rows: dict[str, dict[str, Panel]]) -> None:
     trained, random = _grid(plot_comparison(rows), 4)
     assert trained[1].get_ylim() == random[1].get_ylim()
     assert trained[1].get_ylim()[1] > 116.5
@@ -61,7 +60,7 @@ def test_a_measure_has_one_scale_and_one_name_of_its_axis(rows: dict[str, dict[s
     assert all(axes.get_ylabel() == "" for axes in (*trained, *random))
 
 
-def test_pictures_go_without_ticks(rows: dict[str, dict[str, Panel]]) -> None:
+def test_pictures_have_neither_ticks_nor_text(rows: dict[str, dict[str, Panel]]) -> None:
     for line in _grid(plot_comparison(rows), 4):
         for axes in line[2:]:
             assert not axes.get_xticks().size
@@ -70,14 +69,14 @@ def test_pictures_go_without_ticks(rows: dict[str, dict[str, Panel]]) -> None:
 
 
 def _with_layers(rows: dict[str, dict[str, Panel]]) -> Figure:
-    """The first row's layers are hardly alike, the second's nearly the same."""
+    """Layers of low similarity in the first row, and of high similarity in the second."""
     for panels, least in zip(rows.values(), (0.25, 0.97), strict=True):
         similarity = np.linspace(least, 1, 12 * 12).reshape(12, 12)
         panels["Layers' similarity\n(CKA)"] = partial(plot_representation_similarity, similarity)
     return plot_comparison(rows)
 
 
-def test_layer_against_layer_keeps_the_first_and_the_last_number(rows: dict[str, dict[str, Panel]]) -> None:
+def test_layer_against_layer_keeps_the_first_and_last_number(rows: dict[str, dict[str, Panel]]) -> None:
     figure = _with_layers(rows)
     trained, random = (line[5] for line in _grid(figure, 5))
     figure.draw_without_rendering()
@@ -85,7 +84,7 @@ def test_layer_against_layer_keeps_the_first_and_the_last_number(rows: dict[str,
         assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "11"]
         assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "11"]
         boxes = [text.get_window_extent() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
-        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        assert_apart(boxes)
         (bar,) = axes.child_axes
         assert axes.get_window_extent().x1 < bar.get_window_extent().x0
     assert [axes.get_xlabel() for axes in (trained, random)] == ["", "Layer"]
@@ -98,7 +97,7 @@ def test_a_single_layer_has_one_number(rows: dict[str, dict[str, Panel]]) -> Non
     assert (axes.get_xticks().tolist(), axes.get_yticks().tolist()) == ([0], [0])
 
 
-def test_pictures_of_a_column_have_the_same_colours(rows: dict[str, dict[str, Panel]]) -> None:
+def test_pictures_of_a_column_share_colour_limits(rows: dict[str, dict[str, Panel]]) -> None:
     trained, random = _grid(_with_layers(rows), 5)
     for line in (trained, random):
         assert line[3].images[0].get_clim() == (-1, 1)
@@ -106,14 +105,14 @@ def test_pictures_of_a_column_have_the_same_colours(rows: dict[str, dict[str, Pa
         assert line[5].child_axes[0].get_ylim() == (0.2, 1)
 
 
-def test_more_measures_than_fit_follow_below(rows: dict[str, dict[str, Panel]]) -> None:
+def test_more_measures_than_columns_follow_below(rows: dict[str, dict[str, Panel]]) -> None:
     lines = _grid(plot_comparison(rows, columns=3), 3)
     assert [line[0].texts[0].get_text() for line in lines] == ["trained", "random"] * 2
     assert lines[2][1].get_title() == "Rollout"
     assert [axes.axison for axes in lines[2][1:]] == [True, False, False]
 
 
-def test_what_one_row_alone_has_is_left_out(rows: dict[str, dict[str, Panel]]) -> None:
+def test_measures_of_one_row_alone_are_left_out(rows: dict[str, dict[str, Panel]]) -> None:
     del rows["random"]["Rollout"]
     trained, _ = _grid(plot_comparison(rows), 3)
     assert [axes.get_title() for axes in trained[1:]] == ["Attention distance (px)", "Patch filters", "Position similarity"]
@@ -136,22 +135,22 @@ def test_nothing_is_cut_off_and_nothing_overlaps(rows: dict[str, dict[str, Panel
         assert across < 0.5 or down < 0.5
 
 
-def test_what_cannot_be_compared(rows: dict[str, dict[str, Panel]]) -> None:
-    with pytest.raises(InputError, match="nothing that all of the 2 rows to be compared have"):
+def test_rows_without_a_common_panel_raise(rows: dict[str, dict[str, Panel]]) -> None:
+    with pytest.raises(InputError, match="the 2 rows to compare have no panel in common; pass the same panels"):
         plot_comparison({"trained": rows["trained"], "random": {}})
-    with pytest.raises(InputError, match="nothing that all of the 0 rows"):
+    with pytest.raises(InputError, match="the 0 rows to compare have no panel in common"):
         plot_comparison({})
-    with pytest.raises(InputError, match="cannot draw measures in 0 columns"):
+    with pytest.raises(InputError, match="cannot draw measures in 0 columns; pass 1 or more"):
         plot_comparison(rows, columns=0)
 
 
-def test_the_labels_of_colour_bars_fit(rows: dict[str, dict[str, Panel]]) -> None:
+def test_labels_longer_than_their_colour_bar_are_left_out(rows: dict[str, dict[str, Panel]]) -> None:
     for line in _grid(plot_comparison(rows), 4):
         assert line[1].child_axes[0].get_ylabel() == "On patches"
         assert line[3].child_axes[0].get_ylabel() == ""  # "Cosine similarity" is longer than the bar
 
 
-# The range of values in every layer
+# Ranges
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ def ranges() -> pd.DataFrame:
     return pd.DataFrame({"layer": [0, 1, 2], "lowest": [1.0, 2, 3], "median": [2.0, 3, 5], "highest": [4.0, 40, 400]})
 
 
-def test_a_line_of_medians_and_a_band(ranges: pd.DataFrame) -> None:
+def test_range_is_a_line_of_medians_and_a_band(ranges: pd.DataFrame) -> None:
     axes = plot_range(ranges)
     (line,) = axes.get_lines()
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([0, 1, 2], [2, 3, 5])  # type: ignore[union-attr]
@@ -171,8 +170,8 @@ def test_a_line_of_medians_and_a_band(ranges: pd.DataFrame) -> None:
     assert plot_range(ranges, ax=given) is given
 
 
-def test_what_is_no_table_of_ranges(ranges: pd.DataFrame) -> None:
-    with pytest.raises(InputError, match="the table of ranges lacks the columns median"):
+def test_other_tables_than_ranges_raise(ranges: pd.DataFrame) -> None:
+    with pytest.raises(InputError, match="the table of ranges lacks the columns median; pass a table like that of token_norms"):
         plot_range(ranges.drop(columns="median"))
-    with pytest.raises(InputError, match="the table of ranges has no rows"):
+    with pytest.raises(InputError, match="the table of ranges has no rows; measure at least one layer"):
         plot_range(ranges.iloc[:0])

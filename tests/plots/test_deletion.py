@@ -5,20 +5,20 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots.deletion import plot_deletion
 
 
 def _frame(images: int = 4) -> pd.DataFrame:
-    """Two orders, the second in the alphabet first, five steps."""
+    """Two orders, which are not in alphabetical order, of five steps."""
     order, image, step = (index.ravel() for index in np.indices((2, images, 5)))
     probability = np.random.default_rng(0).random(len(order))
     names = np.array(["rollout", "random"], dtype=object)
     return pd.DataFrame({"order": names[order], "image": image, "fraction": step / 4, "probability": probability})
 
 
-def test_a_line_an_order() -> None:
+def test_one_line_per_order() -> None:
     frame = _frame()
     axes = plot_deletion(frame)
     assert [line.get_label() for line in axes.lines] == ["rollout", "random"]
@@ -26,8 +26,8 @@ def test_a_line_an_order() -> None:
         values = frame[frame.order == name].probability.to_numpy().reshape(4, 5)
         np.testing.assert_allclose(line.get_xdata(), [0, 0.25, 0.5, 0.75, 1])
         np.testing.assert_allclose(line.get_ydata(), values.mean(axis=0))
-    assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()  # told apart without colours
-    assert axes.get_xlabel() == "Patches taken away"
+    assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()  # distinguishable without colours
+    assert axes.get_xlabel() == "Patches deleted"
     assert axes.get_ylabel() == "Probability of the predicted class"
     assert axes.get_ylim()[0] == 0
 
@@ -42,7 +42,7 @@ def test_every_text_is_inside_the_figure() -> None:
     assert_inside(axes.figure, (text.get_window_extent() for text in texts))
 
 
-def test_draws_on_the_axes_it_is_given() -> None:
+def test_draws_on_the_given_axes() -> None:
     axes = Figure().subplots()
     assert plot_deletion(_frame(), ax=axes) is axes
 
@@ -50,6 +50,7 @@ def test_draws_on_the_axes_it_is_given() -> None:
 @pytest.mark.parametrize("frame", [_frame().iloc[:0], _frame().drop(columns="fraction")])
 def test_errors_say_what_arrived(frame: pd.DataFrame) -> None:
     with pytest.raises(
-        InputError, match=r"a table of deletion needs rows with columns order, image, fraction, probability; got"
+        InputError,
+        match=r"has \d+ rows and columns \[.*\]; it must have rows and columns order, image, fraction, probability",
     ):
         plot_deletion(frame)

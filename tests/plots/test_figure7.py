@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_apart, assert_inside
 from vit_probe.plots import FORMATS, plot_figure7, save_figure
 
 
@@ -25,7 +24,7 @@ def similarity() -> NDArray[np.float64]:
     return (table @ table.T).reshape(7, 7, 7, 7)
 
 
-def test_three_panels_in_the_papers_order(
+def test_panels_are_in_the_order_of_the_paper(
     filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
 ) -> None:
     figure = plot_figure7(filters, similarity, frame)
@@ -57,7 +56,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(
     assert min(sizes) >= 8
 
 
-def test_a_model_without_a_table_says_so(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
+def test_a_model_without_position_embeddings_has_a_message_instead(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
     centre = plot_figure7(filters[:5], None, frame).axes[1]
     assert centre.get_title() == "Position embedding similarity"
     assert not centre.images
@@ -78,7 +77,7 @@ def test_the_title_counts_the_components(
     assert "first 5 principal" in plot_figure7(filters[:5], similarity, frame).axes[0].get_title()
 
 
-def test_one_component_is_no_plural(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
+def test_the_title_of_one_component_is_singular(filters: NDArray[np.float64], frame: pd.DataFrame) -> None:
     assert plot_figure7(filters[:1], None, frame).axes[0].get_title() == "RGB embedding filters\n(first principal component)"
 
 
@@ -87,18 +86,16 @@ def test_the_bar_of_a_low_grid_is_legible(filters: NDArray[np.float64], frame: p
     figure.draw_without_rendering()
     (bar,) = figure.axes[1].child_axes
     boxes = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label, figure.axes[1].title)]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert_apart(boxes)
 
 
-def test_draws_on_the_figure_it_is_given(
-    filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame
-) -> None:
+def test_draws_on_the_given_figure(filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame) -> None:
     figure = Figure(figsize=(10, 4))
     assert plot_figure7(filters, similarity, frame, figure=figure) is figure
     assert len(figure.axes) >= 3
 
 
-def test_the_sheet_is_saved_alike_every_time(
+def test_saved_files_are_reproducible(
     filters: NDArray[np.float64], similarity: NDArray[np.float64], frame: pd.DataFrame, tmp_path: Path
 ) -> None:
     first = save_figure(plot_figure7(filters, similarity, frame), tmp_path / "first", FORMATS)

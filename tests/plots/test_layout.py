@@ -1,9 +1,20 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
+import pytest
 from matplotlib.figure import Figure
 
-from vit_probe.plots.layout import arrange, bare, centres, inches_per_pixel, mosaic
+from vit_probe.errors import InputError
+from vit_probe.plots.layout import (
+    arrange,
+    check_columns,
+    check_rows,
+    hide_ticks_and_spines,
+    inches_per_pixel,
+    mosaic,
+    tile_centres,
+)
 
 
 def test_mosaic_places_every_tile_and_fills_the_gaps() -> None:
@@ -23,14 +34,14 @@ def test_mosaic_keeps_channels_and_dtype() -> None:
     assert (picture[:, 3] == 255).all()
 
 
-def test_arrange_fills_the_last_line() -> None:
-    lines = arrange(np.arange(1, 6, dtype=float).reshape(5, 1, 1), 3, fill=0.0)
-    np.testing.assert_array_equal(lines[..., 0, 0], [[1, 2, 3], [4, 5, 0]])
+def test_arrange_fills_the_last_row() -> None:
+    rows = arrange(np.arange(1, 6, dtype=float).reshape(5, 1, 1), 3, fill=0.0)
+    np.testing.assert_array_equal(rows[..., 0, 0], [[1, 2, 3], [4, 5, 0]])
 
 
-def test_centres_are_the_middles_in_pixel_coordinates() -> None:
-    np.testing.assert_array_equal(centres(3, 5, 1), [2, 8, 14])
-    np.testing.assert_array_equal(centres(2, 4, 2), [1.5, 7.5])
+def test_tile_centres_are_in_pixel_coordinates() -> None:
+    np.testing.assert_array_equal(tile_centres(3, 5, 1), [2, 8, 14])
+    np.testing.assert_array_equal(tile_centres(2, 4, 2), [1.5, 7.5])
 
 
 def test_inches_per_pixel_is_that_of_the_tighter_side() -> None:
@@ -39,8 +50,18 @@ def test_inches_per_pixel_is_that_of_the_tighter_side() -> None:
     assert np.isclose(inches_per_pixel(axes, 100, 10), 0.02)
 
 
-def test_bare_axes_have_neither_ticks_nor_spines() -> None:
+def test_hidden_axes_have_neither_ticks_nor_spines() -> None:
     axes = Figure().subplots()
-    bare(axes)
+    hide_ticks_and_spines(axes)
     assert len(axes.get_xticks()) == len(axes.get_yticks()) == 0
     assert not any(spine.get_visible() for spine in axes.spines.values())
+
+
+def test_checks_of_tables_name_what_is_missing() -> None:
+    frame = pd.DataFrame({"layer": [0], "head": [0]})
+    check_columns(frame, ["layer"], "the table", "pass another")
+    check_rows(frame, "the table", "pass another")
+    with pytest.raises(InputError, match=r"^the table lacks the columns distance, std; pass another$"):
+        check_columns(frame, ["layer", "distance", "std"], "the table", "pass another")
+    with pytest.raises(InputError, match=r"^the table has no rows; pass another$"):
+        check_rows(frame.iloc[:0], "the table", "pass another")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tests.plots.overlap_checks import assert_inside
 from vit_probe.errors import InputError
-from vit_probe.plots import plot_patch_filters
+from vit_probe.plots import FORMATS, plot_filter_panels, plot_patch_filters, save_figure
 
 
 def _picture(axes: Axes) -> NDArray[np.float64]:
@@ -17,8 +20,8 @@ def _picture(axes: Axes) -> NDArray[np.float64]:
     return np.asarray(image.get_array())
 
 
-def _filters(count: int = 28, channels: int = 3, rows: int = 14, cols: int = 14) -> NDArray[np.float64]:
-    return np.random.default_rng(0).normal(size=(count, channels, rows, cols))
+def _filters(count: int = 28, channels: int = 3, rows: int = 14, cols: int = 14, seed: int = 0) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).normal(size=(count, channels, rows, cols))
 
 
 def test_tiles_are_the_filters_scaled_jointly_over_channels() -> None:
@@ -34,14 +37,14 @@ def test_tiles_are_the_filters_scaled_jointly_over_channels() -> None:
     assert (picture[:, 14::15] == 1).all()
 
 
-def test_one_channel_is_drawn_grey() -> None:
+def test_one_channel_is_drawn_in_grey() -> None:
     picture = _picture(plot_patch_filters(_filters(3, channels=1)))
     assert picture.shape == (14, 44, 3)
     assert np.ptp(picture, axis=2).max() == 0
     assert picture[:, :14].min() == 0
 
 
-def test_first_layer_of_another_model_with_a_short_last_line() -> None:
+def test_first_layer_of_another_model_with_a_short_last_row() -> None:
     picture = _picture(plot_patch_filters(_filters(10, rows=11, cols=11), columns=8))
     assert picture.shape == (23, 95, 3)
     assert (picture[12:, 24:] == 1).all()
@@ -94,7 +97,7 @@ def test_many_filters_still_fit_a_page(columns: int | None) -> None:
 
 
 @pytest.mark.parametrize(("count", "columns"), [(3, 3), (7, 7), (28, 7), (29, 7), (50, 8), (383, 20)])
-def test_columns_are_seven_or_what_makes_a_square(count: int, columns: int) -> None:
+def test_columns_are_seven_or_make_the_mosaic_about_square(count: int, columns: int) -> None:
     assert _picture(plot_patch_filters(_filters(count, rows=4, cols=4))).shape[1] == columns * 5 - 1
 
 
@@ -105,27 +108,86 @@ def test_many_filters_are_about_as_high_as_wide_at_most(count: int, rows: int, c
     assert height <= width + 2 * max(rows, cols)
 
 
-def test_draws_on_the_axes_it_is_given() -> None:
+def test_draws_on_the_given_axes() -> None:
     axes = Figure().subplots()
     assert plot_patch_filters(_filters(), ax=axes) is axes
     assert len(axes.images) == 1
 
 
 @pytest.mark.parametrize("shape", [(28, 588), (4, 2, 8, 8), (0, 3, 8, 8)])
-def test_refuses_another_shape(shape: tuple[int, ...]) -> None:
+def test_another_shape_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(
         InputError, match=r"filters have shape \(.*\); they must be \(filter, channel, row, col\).* 1 or 3 channels"
     ):
         plot_patch_filters(np.zeros(shape))
 
 
-def test_refuses_values_that_are_not_finite() -> None:
+def test_values_that_are_not_finite_raise() -> None:
     filters = _filters(2)
     filters[0, 0, 0, 0] = np.nan
     with pytest.raises(InputError, match="not finite; check the weights"):
         plot_patch_filters(filters)
 
 
-def test_refuses_no_columns() -> None:
-    with pytest.raises(InputError, match="in 0 columns; give 1 or more"):
+def test_zero_columns_raise() -> None:
+    with pytest.raises(InputError, match="in 0 columns; pass 1 or more"):
         plot_patch_filters(_filters(2), columns=0)
+
+
+# Panels
+
+
+PANELS = {
+    "demo\n(28 components)": _filters(rows=8, cols=8),
+    "random weights\n(28 components)": _filters(rows=8, cols=8, seed=1),
+    "cnn\n(64 filters)": _filters(64, rows=11, cols=11),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_one_mosaic_per_set_in_order(count: int) -> None:
+    panels = dict(list(PANELS.items())[:count])
+    figure = plot_filter_panels(panels)
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    for axes, filters in zip(figure.axes, panels.values(), strict=True):
+        (image,) = axes.images
+        np.testing.assert_array_equal(image.get_array(), plot_patch_filters(filters).images[0].get_array())
+    assert figure.get_figwidth() == 5.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [(8, 8), (4, 16), (16, 4)])
+def test_panels_are_not_cut_off_and_do_not_overlap(count: int, size: tuple[int, int]) -> None:
+    filters = np.random.default_rng(0).normal(size=(28, 3, *size))
+    figure = plot_filter_panels({f"{'long name ' * 6}{index}\n(28 components)": filters for index in range(count)})
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert_inside(figure, boxes)
+    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))  # type: ignore[union-attr]
+    assert all(axes.title.get_fontsize() >= 8 for axes in figure.axes)
+    assert all(axes.get_title().endswith("\n(28 components)") for axes in figure.axes)
+
+
+def test_a_long_title_is_shortened_and_dollar_signs_are_no_formula() -> None:
+    (axes,) = plot_filter_panels({"$" + "checkpoint " * 9 + "$": _filters()}).axes
+    assert axes.get_title().startswith("$checkpoint")
+    assert axes.get_title().endswith("…")
+
+
+def test_draws_on_the_given_figure() -> None:
+    figure = Figure(figsize=(8, 3))
+    assert plot_filter_panels(PANELS, figure=figure) is figure
+    assert len(figure.axes) == 3
+
+
+def test_saved_panels_are_reproducible(tmp_path: Path) -> None:
+    first = save_figure(plot_filter_panels(PANELS), tmp_path / "first", FORMATS)
+    second = save_figure(plot_filter_panels(PANELS), tmp_path / "second", FORMATS)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_errors_of_panels() -> None:
+    with pytest.raises(InputError, match="there are no filters to draw; pass at least one set, by title"):
+        plot_filter_panels({})
+    with pytest.raises(InputError, match=r"filters have shape \(2, 5\)"):
+        plot_filter_panels({"flat": np.zeros((2, 5))})

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_apart, assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import plot_position_similarity
 from vit_probe.plots.position_similarity import plot_position_similarities
@@ -27,7 +27,7 @@ def _labels(axes: Axes) -> tuple[list[str], list[str]]:
     return [text.get_text() for text in axes.get_yticklabels()], [text.get_text() for text in axes.get_xticklabels()]
 
 
-def test_a_tile_a_patch_with_white_gaps() -> None:
+def test_one_tile_per_patch_with_white_gaps() -> None:
     similarity = _similarity(7, 7)
     axes = plot_position_similarity(similarity)
     (image,) = axes.images
@@ -77,7 +77,7 @@ def test_a_large_grid_shows_evenly_spaced_tiles() -> None:
 
 
 @pytest.mark.parametrize(("side", "shown"), [(14, 14), (15, 8), (16, 6), (24, 8)])
-def test_how_many_tiles_are_shown(side: int, shown: int) -> None:
+def test_number_of_tiles_per_side(side: int, shown: int) -> None:
     similarity = np.zeros((side, 1, side, 1))
     similarity[:, 0] = np.linspace(0, 1, side)[:, None, None]
     picture = np.ma.asarray(plot_position_similarity(similarity).images[0].get_array())
@@ -122,17 +122,17 @@ def test_the_bar_of_a_low_grid_is_legible(rows: int, cols: int) -> None:
     axes.figure.draw_without_rendering()
     (bar,) = axes.child_axes
     boxes = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label)]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert_apart(boxes)
 
 
-def test_draws_on_the_axes_it_is_given() -> None:
+def test_draws_on_the_given_axes() -> None:
     axes = Figure().subplots()
     assert plot_position_similarity(_similarity(3, 3), ax=axes) is axes
     assert len(axes.images) == 1
 
 
 @pytest.mark.parametrize("shape", [(49, 49), (7, 5, 5, 7), (0, 0, 0, 0)])
-def test_refuses_another_shape(shape: tuple[int, ...]) -> None:
+def test_another_shape_raises(shape: tuple[int, ...]) -> None:
     with pytest.raises(
         InputError, match=r"similarity has shape \(.*\); it must be \(row, col, row, col\), the same grid twice"
     ):
@@ -140,15 +140,15 @@ def test_refuses_another_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("value", [7.5, np.nan])
-def test_refuses_what_is_no_cosine(value: float) -> None:
+def test_values_that_are_not_cosines_raise(value: float) -> None:
     similarity = np.zeros((2, 2, 2, 2))
     similarity[0, 0, 0, 0] = value
-    with pytest.raises(InputError, match=r"similarity ranges from .* to (7\.5|nan); cosines lie in \[-1, 1\]: divide"):
+    with pytest.raises(InputError, match=r"similarity ranges from .* to (7\.5|nan), but cosines lie in \[-1, 1\]; divide"):
         plot_position_similarity(similarity)
 
 
-def test_refuses_a_single_tile() -> None:
-    with pytest.raises(InputError, match="cannot show 1 tiles a side; give 2 or more"):
+def test_a_single_tile_raises() -> None:
+    with pytest.raises(InputError, match="cannot draw 1 tiles per side; pass 2 or more"):
         plot_position_similarity(_similarity(3, 3), tiles=1)
 
 
@@ -172,13 +172,13 @@ def test_several_maps_side_by_side_share_one_bar() -> None:
     assert (left.width, left.height) == pytest.approx((right.width, right.height))
 
 
-def test_a_model_whose_positions_cannot_be_compared_has_a_panel_that_says_so() -> None:
+def test_a_model_without_position_embeddings_has_a_message_instead() -> None:
     figure = plot_position_similarities({"model": _similarity(4, 4), "none": None})
     drawn, absent = figure.axes
     assert not absent.images
     assert absent.get_title() == "none"
     assert [text.get_text() for text in absent.texts] == ["No positions\nto compare"]
-    assert len(drawn.child_axes) == 1  # the bar stands beside the last map that there is
+    assert len(drawn.child_axes) == 1  # the colour bar is beside the last map that is drawn
     five = plot_position_similarities({name: None if name == "2" else _similarity(8, 8) for name in "12345"})
     assert [bool(axes.get_xlabel()) for axes in five.axes] == [False, False, True, False, False]
 
@@ -195,25 +195,23 @@ def test_texts_of_several_maps_are_apart_and_inside(count: int) -> None:
     boxes = _boxes([axes.title for axes in figure.axes]) + _boxes([axes.xaxis.label for axes in figure.axes])
     boxes += _boxes([figure.axes[0].yaxis.label, bar.yaxis.label, *bar.get_yticklabels(), *figure.axes[0].get_yticklabels()])
     boxes += [box for axes in figure.axes for box in _boxes(axes.get_xticklabels())]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    for box in boxes:
-        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
-        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert_apart(boxes)
+    assert_inside(figure, boxes)
     assert sum(bool(axes.get_xlabel()) for axes in figure.axes) == (1 if count > 2 else count)
 
 
-def test_maps_of_other_grids_have_their_own_numbers() -> None:
+def test_maps_of_different_grids_have_their_own_numbers() -> None:
     figure = plot_position_similarities({"square": _similarity(4, 4), "low": _similarity(2, 5)})
     figure.draw_without_rendering()
     assert [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes] == [list("1234"), list("12")]
     assert all(axes.yaxis.get_major_ticks()[0].label1.get_visible() for axes in figure.axes)
     numbers = _boxes(figure.axes[1].get_yticklabels())
     assert not any(box.overlaps(figure.axes[0].get_window_extent()) for box in numbers)
-    alike = plot_position_similarities({"one": _similarity(4, 4), "other": _similarity(4, 4)})
-    assert not alike.axes[1].yaxis.get_major_ticks()[0].label1.get_visible()
+    same = plot_position_similarities({"one": _similarity(4, 4), "other": _similarity(4, 4)})
+    assert not same.axes[1].yaxis.get_major_ticks()[0].label1.get_visible()
 
 
-def test_several_maps_in_a_part_of_a_figure() -> None:
+def test_several_maps_on_a_subfigure() -> None:
     whole = Figure(figsize=(6, 5))
     _, below = whole.subfigures(2, 1)
     assert plot_position_similarities({"one": _similarity(3, 3), "other": _similarity(3, 3)}, figure=below) is below
@@ -221,9 +219,11 @@ def test_several_maps_in_a_part_of_a_figure() -> None:
     assert max(axes.get_window_extent().y1 for axes in below.axes) < whole.bbox.y1 / 2
 
 
-def test_several_maps_refuse_what_one_does() -> None:
+def test_errors_of_several_maps() -> None:
     for maps in ({}, {"none": None}):
-        with pytest.raises(InputError, match=f"no map of position similarities to draw among {len(maps)}; give at least one"):
+        with pytest.raises(
+            InputError, match=f"none of the {len(maps)} models has a map of position similarities to draw; pass at least one"
+        ):
             plot_position_similarities(maps)
     with pytest.raises(InputError, match=r"similarity ranges from .* to 7"):
         plot_position_similarities({"good": _similarity(2, 2), "bad": np.full((2, 2, 2, 2), 7.0)})

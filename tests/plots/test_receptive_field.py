@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_apart, assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import FORMATS, save_figure
 from vit_probe.plots.receptive_field import plot_attention_beside_convolutions, plot_receptive_field
@@ -20,7 +19,7 @@ from vit_probe.plots.receptive_field import plot_attention_beside_convolutions, 
 
 @pytest.fixture
 def fields() -> pd.DataFrame:
-    """A plain stack of 24, and a network that soon sees far: a pooling lies between its two convolutions."""
+    """A plain stack of 24 convolutions, and two convolutions with a pooling between them, whose receptive field is large."""
     plain = pd.DataFrame({"network": "plain", "layer": range(24), "depth": range(1, 25)})
     plain = plain.assign(receptive_field=1 + 2 * plain.depth, reach=plain.depth.astype(float), mean_distance=plain.depth**0.5)
     deep = pd.DataFrame({"network": "deep", "layer": [0, 1, 2], "depth": [1, 1, 40], "receptive_field": [11, 19, 401]})
@@ -33,19 +32,19 @@ def _labels(legend: Legend | None) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
-def _of(axes: Axes, colour: object) -> list[Line2D]:
+def _lines_of_colour(axes: Axes, colour: object) -> list[Line2D]:
     return [line for line in axes.lines if line.get_color() == colour]
 
 
-LEGEND = ["plain: 49 px wide", "deep: 401 px wide", "half of the field", "mean, even kernels"]
+LEGEND = ["plain: 49 px wide", "deep: 401 px wide", "half the field", "mean, uniform kernels"]
 
 
-def test_two_lines_a_network_from_a_pixel_on(fields: pd.DataFrame) -> None:
+def test_two_lines_per_network_that_start_at_one_pixel(fields: pd.DataFrame) -> None:
     axes = plot_receptive_field(fields)
     assert len(axes.lines) == 4
     for network, reach in zip(("plain", "deep"), axes.lines[::2], strict=True):
         rows = fields[fields.network == network]
-        solid, dotted = _of(axes, reach.get_color())
+        solid, dotted = _lines_of_colour(axes, reach.get_color())
         for line, column in ((solid, "reach"), (dotted, "mean_distance")):
             np.testing.assert_array_equal(line.get_xdata(), [0, *rows.depth][::-1])
             np.testing.assert_array_equal(line.get_ydata(), [0, *rows[column]][::-1])
@@ -53,7 +52,7 @@ def test_two_lines_a_network_from_a_pixel_on(fields: pd.DataFrame) -> None:
     assert len({str(line.get_color()) for line in axes.lines}) == 2
 
 
-def test_networks_are_told_apart_without_colour(fields: pd.DataFrame) -> None:
+def test_networks_are_distinguishable_without_colour(fields: pd.DataFrame) -> None:
     more = [fields[fields.network == "deep"].assign(network=name) for name in ("third", "fourth")]
     axes = plot_receptive_field(pd.concat([fields, *more]))
     markers = [line.get_marker() for line in axes.lines]
@@ -63,11 +62,11 @@ def test_networks_are_told_apart_without_colour(fields: pd.DataFrame) -> None:
     assert legend is not None
     assert [handle.get_marker() for handle in legend.get_lines()] == [*markers[::2], "None", "None"]
     for line in axes.lines:
-        assert isinstance(line.get_markevery(), float)  # spread over the line from its first point, where the network ends
+        assert isinstance(line.get_markevery(), float)  # spaced from the first point on, which is the last layer
         assert line.get_xdata()[0] == max(line.get_xdata())  # type: ignore[index, arg-type]
 
 
-def test_a_line_that_leaves_the_axes_does_so_with_an_arrow(fields: pd.DataFrame) -> None:
+def test_an_arrow_marks_a_line_that_leaves_the_axes(fields: pd.DataFrame) -> None:
     assert not plot_receptive_field(fields).collections
     axes = plot_receptive_field(fields, highest=30)
     solid, dotted = axes.collections  # of "deep": from 9 px at 1 convolution to 200 px at 40, and from 5 px to 70 px
@@ -100,18 +99,18 @@ def test_a_network_of_single_pixels_can_be_drawn(fields: pd.DataFrame) -> None:
     assert axes.get_ylim()[1] > 0
 
 
-def test_draws_on_the_axes_it_is_given(fields: pd.DataFrame) -> None:
+def test_draws_on_the_given_axes(fields: pd.DataFrame) -> None:
     axes = Figure().subplots()
     assert plot_receptive_field(fields, ax=axes) is axes
     assert axes.lines
 
 
-def test_one_axis_of_pixels_for_heads_and_units(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+def test_heads_and_units_share_an_axis_of_pixels(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
     figure = plot_attention_beside_convolutions(frame, fields)
     left, right = figure.axes[:2]
     assert left.get_ylim() == right.get_ylim()
     assert left.get_ylim()[0] == 0
-    assert 116.5 < left.get_ylim()[1] < 180  # of the heads, not of the network that sees 200 px far
+    assert 116.5 < left.get_ylim()[1] < 180  # set by the heads, not by the network that reaches 200 px
     assert left.get_shared_y_axes().joined(left, right)
     np.testing.assert_array_equal(left.collections[-1].get_offsets(), frame[["layer", "distance"]])
     assert left.get_ylabel() == "Mean attention distance (pixels)"
@@ -120,7 +119,7 @@ def test_one_axis_of_pixels_for_heads_and_units(frame: pd.DataFrame, fields: pd.
     assert figure.get_figwidth() == 5.5
 
 
-def test_what_the_first_network_sees_lies_across_the_heads(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+def test_reference_lines_of_the_first_network_across_the_heads(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
     figure = plot_attention_beside_convolutions(frame, fields)
     left, right = figure.axes[:2]
     half, mean, uniform = left.lines
@@ -129,7 +128,7 @@ def test_what_the_first_network_sees_lies_across_the_heads(frame: pd.DataFrame, 
     assert half.get_color() == mean.get_color() == right.lines[0].get_color() != uniform.get_color()
     assert (half.get_linestyle(), mean.get_linestyle()) == ("-", "--")
     across, units = figure.legends
-    assert _labels(across) == ["half the field of\nplain", "its mean, even kernels"]
+    assert _labels(across) == ["half the field of\nplain", "its mean, uniform kernels"]
     for handle, line in zip(across.get_lines(), (half, mean), strict=True):
         assert (handle.get_linestyle(), handle.get_color()) == (line.get_linestyle(), line.get_color())
     assert _labels(units) == LEGEND
@@ -147,9 +146,9 @@ def test_nothing_is_cut_off_and_nothing_overlaps(frame: pd.DataFrame, fields: pd
     left, right = figure.axes[:2]
     boxes = [axes.get_tightbbox() for axes in (left, right)] + [legend.get_window_extent() for legend in figure.legends]
     assert_inside(figure, boxes)
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert_apart(boxes)
     ticks = [label.get_window_extent() for label in right.get_xticklabels() if label.get_text()]
-    assert not any(one.overlaps(other) for one, other in combinations(ticks, 2))
+    assert_apart(ticks)
     legend = left.get_legend()
     assert legend is not None
     highest = max(scaled.distance.max(), scaled.uniform_distance.max())
@@ -159,24 +158,24 @@ def test_nothing_is_cut_off_and_nothing_overlaps(frame: pd.DataFrame, fields: pd
     assert min(text.get_fontsize() for text in texts) >= 8
 
 
-def test_draws_on_the_figure_it_is_given(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
+def test_draws_on_the_given_figure(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     assert plot_attention_beside_convolutions(frame, fields, figure=figure) is figure
     assert len(figure.axes) >= 2
 
 
-def test_the_figure_is_saved_alike_every_time(frame: pd.DataFrame, fields: pd.DataFrame, tmp_path: Path) -> None:
+def test_saved_files_are_reproducible(frame: pd.DataFrame, fields: pd.DataFrame, tmp_path: Path) -> None:
     first = save_figure(plot_attention_beside_convolutions(frame, fields), tmp_path / "first", FORMATS)
     second = save_figure(plot_attention_beside_convolutions(frame, fields), tmp_path / "second", FORMATS)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_errors_say_what_arrived(frame: pd.DataFrame, fields: pd.DataFrame) -> None:
-    wrong = r"lacks the columns depth, reach; pass what the result of receptive_field gives as to_dataframe\(\)"
+    wrong = r"lacks the columns depth, reach; pass to_dataframe\(\) of a result of receptive_field, or several"
     for draw in (plot_receptive_field, lambda table: plot_attention_beside_convolutions(frame, table)):
         with pytest.raises(InputError, match=wrong):
             draw(fields.drop(columns=["depth", "reach"]))
-        with pytest.raises(InputError, match="the table of receptive fields has no rows; give at least one layer"):
+        with pytest.raises(InputError, match="the table of receptive fields has no rows; pass at least one layer"):
             draw(fields.iloc[:0])
-    with pytest.raises(InputError, match="the table of attention distances has no rows"):
+    with pytest.raises(InputError, match="the table of heads by distance has no rows"):
         plot_attention_beside_convolutions(frame.iloc[:0], fields)

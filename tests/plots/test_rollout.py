@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import warnings
-from itertools import combinations
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from numpy.typing import NDArray
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_apart, assert_inside
 from vit_probe.errors import InputError
 from vit_probe.plots import attention_over_black, plot_rollout
 
@@ -38,7 +37,7 @@ def _titles(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts if isinstance(text, Annotation)]
 
 
-def test_attention_shows_the_image_where_it_is_highest_and_black_where_lowest() -> None:
+def test_attention_over_black_shows_the_image_at_the_peak_and_black_at_the_minimum() -> None:
     attention = np.zeros((8, 8))
     attention[2, 5] = 1.0
     image = np.full((64, 64, 3), 255, dtype=np.uint8)
@@ -67,7 +66,7 @@ def test_attention_is_smooth_and_keeps_the_order_of_far_patches() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1 / 256])
-def test_a_constant_map_leaves_the_image_as_it_is(value: float) -> None:
+def test_a_constant_map_leaves_the_image_unchanged(value: float) -> None:
     image = _images(1, 24, 40)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -93,7 +92,7 @@ def test_pairs_hold_the_input_and_the_attention_over_black() -> None:
     assert not axes.child_axes
 
 
-def test_heatmap_lays_colours_upon_the_grey_image() -> None:
+def test_heatmap_overlays_colours_on_the_grey_image() -> None:
     images = np.full((1, 32, 32, 3), 100, dtype=np.uint8)
     attention = np.zeros((1, 4, 4))
     attention[0, :, 2:] = 1.0
@@ -119,7 +118,7 @@ def test_maps_alone_are_scaled_and_coloured() -> None:
     assert len(axes.child_axes) == 1
 
 
-def test_several_pairs_a_line_each_with_its_headings() -> None:
+def test_several_pairs_per_row_each_with_its_headings() -> None:
     images = _images(3)
     axes = plot_rollout(_maps(3), images, columns=2)
     assert _headings(axes) == ["Input", "Attention"] * 2
@@ -130,13 +129,13 @@ def test_several_pairs_a_line_each_with_its_headings() -> None:
     assert (picture[-32:, start:] == 255).all()
 
 
-def test_headings_are_said_once_where_pairs_are_narrow() -> None:
+def test_narrow_pairs_share_one_heading() -> None:
     axes = plot_rollout(_maps(64), _images(64), columns=8)
     assert _headings(axes) == ["Pairs of input (left) and attention (right)"]
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 1), (6, 2), (12, 3), (128, 8)])
-def test_columns_are_chosen_for_a_tidy_sheet(count: int, columns: int) -> None:
+def test_columns_make_the_figure_about_square(count: int, columns: int) -> None:
     axes = plot_rollout(_maps(count), _images(count, 16, 16))
     width = _picture(axes).shape[1]
     assert width == columns * 33 + (columns - 1) * 2
@@ -160,14 +159,12 @@ def test_the_bar_of_a_low_picture_is_legible(shape: tuple[int, int] | None) -> N
     axes.figure.draw_without_rendering()
     (bar,) = axes.child_axes
     boxes = [text.get_window_extent() for text in (*bar.get_yticklabels(), bar.yaxis.label)]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    for box in boxes:
-        assert box.x1 <= axes.figure.bbox.x1
-        assert 0 <= box.y0 <= box.y1 <= axes.figure.bbox.y1
+    assert_apart(boxes)
+    assert_inside(axes.figure, boxes)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "heatmap"])
-def test_titles_stand_below_their_pairs_and_touch_nothing(kind: Any) -> None:
+def test_titles_are_below_their_pairs_and_overlap_nothing(kind: Any) -> None:
     axes = plot_rollout(
         _maps(4), _images(4, 40, 60), kind=kind, titles=["one", "$5^ or $6", "three\nlines", "x" * 200], columns=2
     )
@@ -196,7 +193,7 @@ def test_every_text_is_inside_the_figure(kind: Any, count: int) -> None:
     assert_inside(axes.figure, (text.get_window_extent() for text in texts))
 
 
-def test_draws_on_the_axes_it_is_given() -> None:
+def test_draws_on_the_given_axes() -> None:
     axes = Figure().subplots()
     assert plot_rollout(_maps(2), _images(2), ax=axes, titles=["a", "b"]) is axes
     assert len(axes.images) == 1
@@ -207,16 +204,16 @@ def test_draws_on_the_axes_it_is_given() -> None:
     ("arguments", "message"),
     [
         ({"kind": "overlay"}, "rollout cannot be drawn as 'overlay'; choose 'pairs' or 'heatmap'"),
-        ({"titles": ["one"]}, "1 titles came with 2 maps; give one a map"),
-        ({"columns": 0}, "cannot draw rollout in 0 columns; give 1 or more"),
+        ({"titles": ["one"]}, "there are 1 titles for 2 maps; pass one title per map"),
+        ({"columns": 0}, "cannot draw rollout in 0 columns; pass 1 or more"),
         ({"maps": np.zeros((2, 16))}, r"rollout maps have shape \(2, 16\); they must be \(image, row, col\)"),
-        ({"maps": np.full((2, 4, 4), np.nan)}, "rollout maps hold values that are not finite; check"),
+        ({"maps": np.full((2, 4, 4), np.nan)}, "rollout maps have values that are not finite; check"),
         ({"images": np.zeros((2, 8, 8, 3))}, r"images are float64 of shape \(2, 8, 8, 3\); they must be uint8"),
         (
             {"images": np.zeros((2, 3, 8, 8), dtype=np.uint8)},
             r"images are uint8 of shape \(2, 3, 8, 8\); they must be uint8, \(image",
         ),
-        ({"images": np.zeros((3, 8, 8, 3), dtype=np.uint8)}, "3 images came with 2 maps; give one a map"),
+        ({"images": np.zeros((3, 8, 8, 3), dtype=np.uint8)}, "there are 3 images for 2 maps; pass one image per map"),
     ],
 )
 def test_errors_say_what_arrived(arguments: dict[str, Any], message: str) -> None:
@@ -224,6 +221,6 @@ def test_errors_say_what_arrived(arguments: dict[str, Any], message: str) -> Non
         plot_rollout(**{"maps": _maps(2), "images": _images(2), **arguments})
 
 
-def test_attention_over_black_refuses_an_image_of_floats() -> None:
+def test_attention_over_black_of_a_float_image_raises() -> None:
     with pytest.raises(InputError, match="images are float64 of shape"):
         attention_over_black(np.zeros((8, 8, 3)), np.zeros((2, 2)))  # type: ignore[arg-type]

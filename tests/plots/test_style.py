@@ -53,18 +53,20 @@ def test_figure_size_in_inches() -> None:
     assert figure_size(4.0, 2.0) == (4.0, 8.0)
 
 
-def test_figure_size_refuses_an_unknown_venue() -> None:
-    with pytest.raises(InputError, match=r"'nature'; choose from neurips, .*cvpr-page, or give inches"):
+def test_figure_size_of_an_unknown_venue_raises() -> None:
+    with pytest.raises(
+        InputError, match=r"unknown column width 'nature'; choose from neurips, .*cvpr-page, or pass a number of inches"
+    ):
         figure_size("nature")
 
 
 @pytest.mark.parametrize(("width", "aspect"), [(0.0, 1.0), (3.0, -1.0), (float("nan"), 1.0)])
-def test_figure_size_refuses_what_is_not_positive(width: float, aspect: float) -> None:
+def test_figure_size_must_be_positive(width: float, aspect: float) -> None:
     with pytest.raises(InputError, match=f"width {width} and aspect {aspect}; both must be positive"):
         figure_size(width, aspect)
 
 
-def test_drawing_axes_gives_back_the_callers_axes_in_the_callers_style() -> None:
+def test_drawing_axes_yields_the_callers_axes_in_the_callers_style() -> None:
     own = Figure().subplots()
     size = mpl.rcParams["font.size"]
     with drawing_axes(own, (9, 9)) as axes:
@@ -123,7 +125,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
         assert path.read_bytes() == path.with_name(path.name.replace("ours", "theirs")).read_bytes()
 
 
-def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_unknown_format_raises_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="as 'jpg'; choose from png, pdf, svg"):
         save_figure(_figure(), tmp_path / "figure", ["png", "jpg"])
     assert list(tmp_path.iterdir()) == []
@@ -148,7 +150,7 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("folder", ["file", "missing"])
 def test_a_folder_that_cannot_be_written_is_an_input_error(folder: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="choose a folder that exists and can be written"):
+    with pytest.raises(InputError, match="choose a folder that exists and is writable"):
         save_figure(_figure(), tmp_path / folder / "figure", ["svg"])
 
 

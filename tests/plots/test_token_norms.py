@@ -16,7 +16,7 @@ EDGES = 2.0 ** np.arange(2, 11)
 
 
 def tables(layers: int = 6, artifacts: tuple[int, ...] = (3, 4, 5)) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Layers of 100 tokens in 8 bins; some layers have artifacts in the last."""
+    """Layers of 100 tokens in 8 bins; some layers have artifacts in the last bin."""
     rows, summary = [], []
     for layer in range(layers):
         counts = np.array([0, 10, 60, 28, 0, 0, 0, 2 if layer in artifacts else 0])
@@ -37,14 +37,14 @@ def tables(layers: int = 6, artifacts: tuple[int, ...] = (3, 4, 5)) -> tuple[pd.
     return pd.DataFrame(rows), pd.DataFrame(summary)
 
 
-def test_a_column_a_layer_with_empty_bins_masked() -> None:
+def test_one_column_per_layer_with_empty_bins_masked() -> None:
     histogram, layers = tables()
     axes = plot_token_norms(histogram.sample(frac=1, random_state=0), layers)
     mesh = axes.collections[0]
-    parts = np.ma.asarray(mesh.get_array()).reshape(8, 6)
+    fractions = np.ma.asarray(mesh.get_array()).reshape(8, 6)
     expected = histogram["part"].to_numpy().reshape(6, 8).T
-    np.testing.assert_allclose(parts.filled(0), expected)
-    assert (np.ma.getmaskarray(parts) == (expected == 0)).all()
+    np.testing.assert_allclose(fractions.filled(0), expected)
+    assert (np.ma.getmaskarray(fractions) == (expected == 0)).all()
     np.testing.assert_allclose(axes.get_ylim(), [4, 1024])
     assert axes.get_yscale() == "log"
     assert axes.get_xlim() == (-0.5, 5.5)
@@ -56,7 +56,7 @@ def test_labels_and_colour_bar() -> None:
     assert axes.get_xlabel() == "Network depth (layer)"
     assert axes.get_ylabel() == "Norm of patch tokens"
     bar, *_ = (child for child in axes.child_axes if child.get_ylabel())
-    assert bar.get_ylabel() == "Part of the layer's tokens"
+    assert bar.get_ylabel() == "Fraction of the layer's tokens"
     assert bar.get_yscale() == "log"
 
 
@@ -74,13 +74,13 @@ def test_medians_and_thresholds() -> None:
 
 
 def percentages(axes: Axes) -> dict[float, str]:
-    """The numbers above the axes by layer."""
+    """Numbers above the axes, by layer."""
     axes.figure.draw_without_rendering()
     tops = [child for child in axes.child_axes if child.get_xlabel().startswith("Artifacts")]
     return {tick.get_loc(): tick.label2.get_text() for top in tops for tick in top.xaxis.get_major_ticks()}
 
 
-def test_percentages_above_the_layers_that_have_artifacts() -> None:
+def test_percentages_are_above_the_layers_with_artifacts() -> None:
     assert percentages(plot_token_norms(*tables())) == {3: "2.3", 4: "2.4", 5: "2.5"}
 
 
@@ -118,21 +118,23 @@ def test_numbers_on_the_axis_of_norms() -> None:
     assert {"10", "50", "200"} <= set(shown)
 
 
-def test_draws_on_the_axes_it_is_given() -> None:
+def test_draws_on_the_given_axes() -> None:
     axes = Figure().subplots()
     assert plot_token_norms(*tables(), ax=axes) is axes
 
 
-def test_refuses_what_is_no_table_of_norms() -> None:
+def test_wrong_tables_raise() -> None:
     histogram, layers = tables()
-    with pytest.raises(InputError, match="the histogram of token norms lacks the columns norm_to, part; pass what"):
+    with pytest.raises(InputError, match=r"the histogram of token norms lacks the columns norm_to, part; pass histogram\(\)"):
         plot_token_norms(histogram.drop(columns=["norm_to", "part"]), layers)
-    with pytest.raises(InputError, match="the table of token norms lacks the columns threshold; pass what"):
+    with pytest.raises(InputError, match=r"the table of token norms lacks the columns threshold; pass histogram\(\)"):
         plot_token_norms(histogram, layers.drop(columns="threshold"))
     for bad in ((histogram, layers.iloc[1:]), (histogram.iloc[:0], layers.iloc[:0])):
-        with pytest.raises(InputError, match="must have rows of the same layers, one layer at least"):
+        with pytest.raises(InputError, match="have different layers, or none; pass those of one result"):
             plot_token_norms(*bad)
-    with pytest.raises(InputError, match="the layers of the histogram must have the same bins, one above the other"):
+    with pytest.raises(
+        InputError, match="the bins of the histogram differ between layers or leave gaps; all layers must have the same bins"
+    ):
         plot_token_norms(histogram.iloc[1:], layers)
-    with pytest.raises(InputError, match="must have the same bins"):
+    with pytest.raises(InputError, match="differ between layers or leave gaps"):
         plot_token_norms(histogram.assign(norm_to=histogram["norm_to"] * 0.9), layers)

@@ -1,15 +1,11 @@
-"""States of a model side by side, distance above similarity: nothing overlaps, and each row is what it is alone."""
-
 from __future__ import annotations
-
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from tests.plots.layout import assert_inside
+from tests.plots.overlap_checks import assert_apart, assert_inside
 from vit_probe import InputError
 from vit_probe.plots.training_time import plot_training_time
 
@@ -29,7 +25,7 @@ def states(titles: list[str]) -> tuple[dict[str, pd.DataFrame], dict[str, np.nda
     return frames, maps
 
 
-def test_a_column_a_state() -> None:
+def test_one_column_per_state() -> None:
     frames, maps = states(TITLES)
     figure = plot_training_time(frames, maps)
     above, below = figure.subfigs
@@ -41,17 +37,17 @@ def test_a_column_a_state() -> None:
     assert figure.get_figwidth() == 6.75
 
 
-def test_texts_are_apart_and_inside() -> None:
+def test_texts_are_inside_the_figure_and_do_not_overlap() -> None:
     figure = plot_training_time(*states(TITLES))
     figure.draw_without_rendering()
     above, below = figure.subfigs
     texts = [axes.title for axes in (*above.axes, *below.axes)]
     texts += [above.axes[0].yaxis.label, below.axes[0].yaxis.label, above.axes[0].xaxis.label]
     boxes = [text.get_window_extent() for text in texts if text.get_text()]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert_apart(boxes)
     assert_inside(figure, boxes)
 
 
-def test_nothing_to_draw() -> None:
+def test_no_states_raise() -> None:
     with pytest.raises(InputError, match="there is no table of attention distances to draw"):
         plot_training_time({}, {})

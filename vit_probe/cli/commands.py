@@ -1,39 +1,21 @@
-"""The command `vit-probe`. Everything heavy is imported when a command needs it, so that help appears at once."""
+"""The command `vit-probe`. Slow imports wait until a command needs them, so that help appears at once."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from vit_probe.cli import console as terminal
-from vit_probe.cli import setup as steps
-from vit_probe.cli.options import (
-    AfterLayers,
-    BatchSize,
-    Components,
-    Count,
-    Device,
-    Discard,
-    Formats,
-    Fusion,
-    ImagePaths,
-    Kind,
-    Limit,
-    Model,
-    MorePaths,
-    OnError,
-    Out,
-    Prefix,
-    Resume,
-    SortedLayers,
-    Spread,
-)
+from vit_probe.cli import console, setup
+from vit_probe.cli.options import ModelOptions, RunOptions, with_options
 from vit_probe.errors import InputError
+from vit_probe.measures.base.discovery import MeasureFile, Option, measure_files
 
 if TYPE_CHECKING:
-    from vit_probe.runner.distributed import Processes
+    from vit_probe.runner.distributed import ProcessGroup
 
 __all__ = ["app", "main"]
 
@@ -43,227 +25,160 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_OUT = Path("figures-out")
 
 
-@app.command()
-def figures(
-    context: typer.Context,
-    paths: MorePaths = None,
-    model: Model = "demo",
-    images: ImagePaths = None,
-    out: Out = _OUT,
-    limit: Limit = 128,
-    batch_size: BatchSize = 16,
-    format: Formats = None,
-    device: Device = "auto",
-    on_error: OnError = "stop",
-    resume: Resume = False,
-) -> None:
-    """All four analyses in one pass, and the three-panel sheet of the ViT paper's figure 7."""
-    processes: Processes = context.obj
+def figures(context: typer.Context, options: RunOptions) -> None:
+    """The figure 7 of the ViT paper and its three panels, and attention rollout, in one pass."""
+    processes: ProcessGroup = context.obj
     with processes.barrier():
-        folder, formats, run = steps.open_run(
-            processes, model, images, paths, out, limit, format, batch_size, device, on_error, shows_images=True
-        )
-        from vit_probe.cli.export import write_analysis, write_figure7, write_run
-        from vit_probe.measures import patch_filters, position_similarity
-        from vit_probe.measures.attention_distance import AttentionDistance
+        formats = setup.file_formats(options.format)
+        run = setup.open_run(processes, options, shows_images=True)
+        from vit_probe.cli.export import write_figure7, write_result, write_run
+        from vit_probe.measures.attention_distance import mean_attention_distance
+        from vit_probe.measures.patch_filters import patch_filters
+        from vit_probe.measures.position_similarity import position_similarity
         from vit_probe.measures.rollout import AttentionRollout
 
-        distance = AttentionDistance(run.grid, windows=run.windows)
-        rollout = steps.skip_unsupported(
+        distance = mean_attention_distance.observer(run.grid, windows=run.windows)
+        rollout = setup.skip_unsupported(
             "rollout is", lambda: AttentionRollout(run.grid, windows=run.windows), verbose=processes.is_main
         )
-    with steps.run_measures(run, folder, resume, *(measure for measure in (distance, rollout) if measure is not None)):
+    with setup.run_measures(run, options, *(measure for measure in (distance, rollout) if measure is not None)):
         if not processes.is_main:
             return
-        far = distance.compute(run.provenance(distance.options))
-        filters = steps.skip_unsupported("patch filters are", lambda: patch_filters(run.model))
-        positions = steps.skip_unsupported("position similarity is", lambda: position_similarity(run.model))
-        files = write_analysis(far, far.plot(), folder, "attention_distance", formats)
-        options = distance.options | {"limit": limit, "batch_size": batch_size}
+        folder = options.out
+        distances = run.result(distance)
+        filters = setup.skip_unsupported("patch filters are", lambda: patch_filters(run.model))
+        positions = setup.skip_unsupported("position similarity is", lambda: position_similarity(run.model))
+        files = write_result(distances, distances.plot, folder, formats)
+        used = distance.options | {"limit": options.limit, "batch_size": options.batch_size}
         if filters is not None:
-            options["components"] = len(filters.filters)
-            files += write_analysis(filters, filters.plot(), folder, "patch_filters", formats)
+            used["components"] = len(filters.filters)
+            files += write_result(filters, filters.plot, folder, formats)
         if positions is not None:
-            files += write_analysis(positions, positions.plot(), folder, "position_similarity", formats)
+            files += write_result(positions, positions.plot, folder, formats)
         if rollout is not None:
-            options |= rollout.options
-            rolled = rollout.compute(run.provenance(rollout.options), names=run.images.names, images=run.images.kept())
-            files += write_analysis(rolled, rolled.plot(), folder, "rollout", formats)
+            used |= rollout.options
+            rolled = run.result(rollout)
+            files += write_result(rolled, rolled.plot, folder, formats)
         if filters is not None:
-            files += write_figure7(filters, positions, far, folder, formats)
-        files.append(write_run(far.provenance | {"options": options}, files, folder))
-        terminal.report(files, far.summary())
+            files += write_figure7(filters, positions, distances, folder, formats)
+        files.append(write_run(distances.provenance | {"options": used}, files, folder))
+        console.report(files, distances.summary())
 
 
-@app.command()
-def distance(
-    context: typer.Context,
-    paths: MorePaths = None,
-    model: Model = "demo",
-    images: ImagePaths = None,
-    out: Out = _OUT,
-    limit: Limit = 128,
-    batch_size: BatchSize = 16,
-    format: Formats = None,
-    device: Device = "auto",
-    on_error: OnError = "stop",
-    resume: Resume = False,
-    prefix: Prefix = "renormalize",
-    spread: Spread = False,
-    layers: SortedLayers = None,
-) -> None:
-    """Mean attention distance of every head, in pixels, against depth."""
-    processes: Processes = context.obj
-    with processes.barrier():
-        folder, formats, run = steps.open_run(processes, model, images, paths, out, limit, format, batch_size, device, on_error)
-        from vit_probe.cli.export import root_figure, write_analysis
-        from vit_probe.measures.attention_distance import AttentionDistance
-        from vit_probe.plots import plot_sorted_heads, save_figure
-
-        if wrong := [layer for layer in layers or () if not 0 <= layer < len(run.layers)]:
-            raise InputError(f"--sorted-layer {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
-        measure = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
-    with steps.run_measures(run, folder, resume, measure):
-        if not processes.is_main:
-            return
-        result = measure.compute(run.provenance(measure.options))
-        files = write_analysis(result, result.plot(spread=spread), folder, "attention_distance", formats)
-        if layers:
-            axes = plot_sorted_heads(result.to_dataframe(), layers=layers)
-            files += save_figure(root_figure(axes), folder / "attention_distance_sorted", formats)
-        terminal.report(files, result.summary())
-
-
-@app.command()
-def entropy(
-    context: typer.Context,
-    paths: MorePaths = None,
-    model: Model = "demo",
-    images: ImagePaths = None,
-    out: Out = _OUT,
-    limit: Limit = 128,
-    batch_size: BatchSize = 16,
-    format: Formats = None,
-    device: Device = "auto",
-    on_error: OnError = "stop",
-    resume: Resume = False,
-    prefix: Prefix = "renormalize",
-    spread: Spread = False,
-) -> None:
-    """Entropy of every head's attention, in nats, against depth; the table has its distance and masses too."""
-    processes: Processes = context.obj
-    with processes.barrier():
-        folder, formats, run = steps.open_run(processes, model, images, paths, out, limit, format, batch_size, device, on_error)
-        from vit_probe.cli.export import write_analysis
-        from vit_probe.measures.attention_distance import AttentionDistance
-        from vit_probe.measures.attention_entropy import AttentionEntropy
-        from vit_probe.measures.head_table import head_table
-
-        far = AttentionDistance(run.grid, prefix=prefix, windows=run.windows)
-        broad = AttentionEntropy(run.grid, windows=run.windows)
-    with steps.run_measures(run, folder, resume, far, broad):
-        if not processes.is_main:
-            return
-        result = broad.compute(run.provenance(broad.options))
-        table = head_table(far.compute(run.provenance(far.options)), result)
-        files = write_analysis(result, result.plot(spread=spread), folder, "attention_entropy", formats, table=table)
-        terminal.report(files, result.summary())
-
-
-@app.command()
-def filters(
-    context: typer.Context, model: Model = "demo", out: Out = _OUT, format: Formats = None, components: Components = 28
-) -> None:
-    """Principal components of the patch-embedding filters."""
-    if not context.obj.is_main:
-        return
-    folder, formats, _ = steps.prepare(None, None, out, None, format)
-    from vit_probe.cli.export import write_analysis
-    from vit_probe.measures import patch_filters
-
-    result = patch_filters(steps.load(model), components=components)
-    terminal.report(write_analysis(result, result.plot(), folder, "patch_filters", formats), result.summary())
-
-
-@app.command()
-def positions(
-    context: typer.Context,
-    model: Model = "demo",
-    out: Out = _OUT,
-    format: Formats = None,
-    after_layers: AfterLayers = None,
-) -> None:
-    """Cosine similarity of positions."""
-    if not context.obj.is_main:
-        return
-    folder, formats, _ = steps.prepare(None, None, out, None, format)
-    from vit_probe.cli.export import write_analysis
-    from vit_probe.measures import position_similarity
-
-    result = position_similarity(steps.load(model), after_layers=after_layers)
-    terminal.report(write_analysis(result, result.plot(), folder, "position_similarity", formats), result.summary())
-
-
-@app.command()
-def rollout(
-    context: typer.Context,
-    paths: MorePaths = None,
-    model: Model = "demo",
-    images: ImagePaths = None,
-    out: Out = _OUT,
-    limit: Limit = 128,
-    batch_size: BatchSize = 16,
-    format: Formats = None,
-    device: Device = "auto",
-    on_error: OnError = "stop",
-    resume: Resume = False,
-    head_fusion: Fusion = "mean",
-    discard_ratio: Discard = 0.0,
-    kind: Kind = "pairs",
-    count: Count = 8,
-) -> None:
-    """Attention rollout: what reaches the class token, over each photograph."""
-    processes: Processes = context.obj
-    with processes.barrier():
-        from vit_probe.cli.export import write_analysis
-        from vit_probe.measures.base.per_image import SHOWN_IMAGES
-        from vit_probe.measures.rollout import AttentionRollout
-
-        if not 0 <= discard_ratio < 1:
-            raise InputError(f"--discard-ratio must lie in [0, 1), got {discard_ratio}")
-        if count > SHOWN_IMAGES:
-            raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {count}")
-        folder, formats, run = steps.open_run(
-            processes, model, images, paths, out, limit, format, batch_size, device, on_error, shows_images=True
-        )
-        measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
-    with steps.run_measures(run, folder, resume, measure):
-        if not processes.is_main:
-            return
-        result = measure.compute(run.provenance(measure.options), names=run.images.names, images=run.images.kept())
-        axes = result.plot(kind=kind, count=count)
-        terminal.report(write_analysis(result, axes, folder, "rollout", formats), result.summary())
-
-
-@app.command()
 def models() -> None:
     """What --model can name."""
     rows = [
-        ("demo", "the bundled model, which is taken without --model"),
+        ("demo", "the bundled model, which is the default"),
         ("FILE.npz", "Google's layout (vision_transformer, AugReg, big_vision), plain or hybrid with a BiT ResNet"),
         ("FILE.safetensors, .pt, .pth", "a state dict with the names of timm, transformers, torchvision or vit_probe"),
         ("FOLDER", "as transformers or timm writes it; models that vit_probe does not have itself need that library"),
-        ("hf:ORG/NAME", "such a folder from the Hugging Face Hub, hf:facebook/dinov2-small for one"),
-        ("timm:NAME", "timm's weights from the Hub, timm:vit_base_patch16_224.augreg_in21k for one"),
-        ("torchvision:NAME[.WEIGHTS]", "a classifier of torchvision, torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1 for one"),
-        ("open_clip:ARCH/TAG", "open_clip's image tower, open_clip:ViT-B-32/laion2b_s34b_b79k for one; also ARCH/PATH"),
+        ("hf:ORG/NAME", "such a folder from the Hugging Face Hub, for example hf:facebook/dinov2-small"),
+        ("timm:NAME", "timm's weights from the Hub, for example timm:vit_base_patch16_224.augreg_in21k"),
+        ("torchvision:NAME[.WEIGHTS]", "a classifier of torchvision, for example torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1"),
+        ("open_clip:ARCH/TAG", "open_clip's image tower, for example open_clip:ViT-B-32/laion2b_s34b_b79k; also ARCH/PATH"),
     ]
-    terminal.print_table(["--model", "what is read"], rows)
+    console.print_table(["--model", "what is read"], rows)
+
+
+def _measure_images(one: MeasureFile, context: typer.Context, options: RunOptions, given: Mapping[str, Any]) -> None:
+    """The command of a measure that goes over images."""
+    own, drawing = _split(one, given)
+    processes: ProcessGroup = context.obj
+    with processes.barrier():
+        from vit_probe.cli.export import write_result
+        from vit_probe.measures.base.registry import SHOWN_IMAGES, spec_of
+
+        if drawing.get("count", 0) > SHOWN_IMAGES:
+            raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {drawing['count']}")
+        spec, _ = spec_of(_function(one))
+        run = setup.open_run(processes, options, shows_images=spec.shows_images)
+        if wrong := [layer for layer in drawing.get("layers") or () if not 0 <= layer < len(run.layers)]:
+            raise InputError(f"--layers {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
+        assert spec.start is not None
+        measure = spec.start(run, **(dict(spec.options) | own))
+    with setup.run_measures(run, options, measure):
+        if not processes.is_main:
+            return
+        result = run.result(measure)
+        files = write_result(result, lambda: result.plot(**drawing), options.out, setup.file_formats(options.format))
+        console.report(files, result.summary())
+
+
+def _measure_weights(one: MeasureFile, context: typer.Context, options: ModelOptions, given: Mapping[str, Any]) -> None:
+    """The command of a measure of the model's weights alone."""
+    if not context.obj.is_main:
+        return
+    own, drawing = _split(one, given)
+    folder = setup.output_folder(options.out)
+    from vit_probe.checkpoints import load_model
+    from vit_probe.cli.export import write_result
+
+    result = _function(one)(load_model(options.model), **own)
+    files = write_result(result, lambda: result.plot(**drawing), folder, setup.file_formats(options.format))
+    console.report(files, result.summary())
+
+
+def _function(one: MeasureFile) -> Any:
+    return getattr(import_module(f"vit_probe.measures.{one.name}"), one.function)
+
+
+def _split(one: MeasureFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the measure, and those of its picture."""
+    values = {
+        option.name: _numbers(option, given[option.name]) if _is_list(option) else given[option.name]
+        for option in (*one.options, *one.plot_options)
+    }
+    return tuple({option.name: values[option.name] for option in part} for part in (one.options, one.plot_options))  # type: ignore[return-value]
+
+
+def _is_list(option: Option) -> bool:
+    return any(get_origin(kind) is list for kind in (option.type, *get_args(option.type)))
+
+
+def _numbers(option: Option, text: str | None) -> list[int] | None:
+    """Whole numbers with commas between them."""
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{option.name} must be whole numbers with commas between them, such as 0,5; got {text!r}") from None
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """The option on the command line."""
+    flag = f"--{option.name.replace('_', '-')}"
+    kinds = get_args(option.type) if get_origin(option.type) is not Literal else ()
+    if _is_list(option):
+        annotation: Any = Annotated[str | None, typer.Option(flag, metavar="0,5,...", help=option.help)]
+    elif option.type is bool:
+        annotation = Annotated[bool, typer.Option(flag, help=option.help)]
+    else:
+        # Where a type has alternatives, such as one side or both, the first is what a command line can say.
+        kind = kinds[0] | None if type(None) in kinds else option.type
+        annotation = Annotated[kind, typer.Option(flag, help=option.help)]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
+
+
+def _add_measure(one: MeasureFile) -> None:
+    """Make the command of a measure from what its source file says."""
+    group = RunOptions if one.takes_images else ModelOptions
+    work = _measure_images if one.takes_images else _measure_weights
+
+    def command(context: typer.Context, options: Any, **given: Any) -> None:
+        work(one, context, options, given)
+
+    command.__annotations__["options"] = group
+    more: Sequence[inspect.Parameter] = [_parameter(option) for option in (*one.options, *one.plot_options)]
+    app.command(one.command, help=console.unwrapped(one.help))(with_options(command, *more))
+
+
+app.command()(with_options(figures))
+for _one in measure_files().values():
+    _add_measure(_one)
+app.command()(models)
 
 
 def main() -> None:
-    """Runs the command."""
-    terminal.run(app)
+    """Run the command."""
+    console.run(app)

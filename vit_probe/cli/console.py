@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, where files lie, complaints."""
+"""What the command line shows: progress, tables, files, errors; and running a program so that it does."""
 
 from __future__ import annotations
 
@@ -17,82 +17,88 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import Abort, TyperException
 
-from vit_probe.errors import AssumptionWarning, InputError, ProcessGone, SharedInputError
-from vit_probe.runner.distributed import Processes
+from vit_probe.errors import AssumptionWarning, InputError, ProcessExited, SharedInputError
+from vit_probe.runner.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["command", "complain", "print_table", "progress", "report", "run"]
+__all__ = ["complain", "print_table", "progress", "report", "run", "single_command", "unwrapped"]
 
-_USAGE = timedelta(seconds=30)  # for all to come, once one cannot read its arguments: others may never come
+_USAGE = timedelta(seconds=30)  # to wait for the other processes after a usage error: they may have ended with the same one
 
 
 def complain(sentence: str) -> None:
-    """One sentence on standard error."""
+    """Print one sentence to standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit-probe: {sentence}", markup=False)
 
 
-def command(function: Callable[..., Any]) -> typer.Typer:
-    """A program whose arguments are those of the function, and whose help is what the function's module says of itself."""
+def single_command(function: Callable[..., Any]) -> typer.Typer:
+    """A program with the arguments of a function, and the docstring of the function's module as its help."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    paragraphs = (sys.modules[function.__module__].__doc__ or "").split("\n\n")
-    lines = (text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs)  # code stays as it is
-    app.command(help="\n\n".join(lines))(function)
+    app.command(help=unwrapped(sys.modules[function.__module__].__doc__ or ""))(function)
     return app
 
 
-def run(program: typer.Typer | Callable[..., Any]) -> None:
-    """Runs a program, in this process or as one of several; what the user can put right is one sentence and exit code 2.
+def unwrapped(text: str) -> str:
+    """A docstring with each paragraph and list item on one line, for the terminal to wrap; indented code is left alone."""
+    paragraphs = text.replace("\n- ", "\n\n- ").split("\n\n")
+    return "\n\n".join(part if part.startswith(" ") else " ".join(part.split()) for part in paragraphs)
 
-    Its commands find their `Processes` as `obj` in typer's context.
+
+def run(program: typer.Typer | Callable[..., Any]) -> None:
+    """Run a program, in this process or as one of several. An InputError is printed as one sentence, with exit code 2.
+
+    Commands find their `ProcessGroup` as `obj` in typer's context.
 
     Args:
-        program: A typer application, or the function that is the one command of it.
+        program: A typer application, or a function that is its only command.
     """
-    app = program if isinstance(program, typer.Typer) else command(program)
+    app = program if isinstance(program, typer.Typer) else single_command(program)
     try:
-        processes = Processes.from_env()
+        processes = ProcessGroup.from_env()
     except InputError as error:
         complain(str(error))
         sys.exit(2)
     try:
         code = _run(app, processes)
     finally:
-        processes.leave()
+        processes.destroy()
     sys.exit(code)
 
 
-def _run(app: typer.Typer, processes: Processes) -> int:
-    """The exit code. Of several processes the first alone prints, but for what another alone has met."""
+def _run(app: typer.Typer, processes: ProcessGroup) -> int:
+    """The exit code. Of several processes only the first prints, except for an error that another process alone has met."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always" if processes.is_main else "ignore", AssumptionWarning)
-    name = f"process {processes.rank} of {processes.count}"
+    name = f"process {processes.rank} of {processes.world_size}"
     try:
-        with _told_to_end(processes), nullcontext() if processes.is_main else redirect_stdout(StringIO()):
-            return _called(app, processes)
+        with _raise_on_sigterm(processes), nullcontext() if processes.is_main else redirect_stdout(StringIO()):
+            return _invoke(app, processes)
     except SharedInputError as error:
         message, shared = str(error), True
     except InputError as error:
-        message, shared = str(error) if processes.count == 1 else f"in {name}: {error}", False
-    except ProcessGone as error:
-        message, shared = f"{error}; the same command with --resume goes on with what was done", False
-    except _Ended:
+        message, shared = str(error) if processes.world_size == 1 else f"in {name}: {error}", False
+    except ProcessExited as error:
+        message, shared = f"{error}; the same command with --resume continues from there", False
+    except _Terminated:
         if processes.is_main:
-            complain(f"{name} was told to end, as torchrun does when one is gone; the same command with --resume goes on")
+            complain(
+                f"{name} was terminated, as torchrun does when another one has ended; the same command with --resume continues"
+            )
         return 128 + signal.SIGTERM
     except (Abort, KeyboardInterrupt):
         return 130
     if processes.is_main or not shared:
         complain(message)
     if shared:
-        with suppress(ProcessGone):  # not before the first has spoken: torchrun ends all as soon as one has failed
+        with suppress(ProcessExited):  # torchrun kills all processes once one has failed: wait until the first has printed
             processes.broadcast(None)
     return 2
 
 
-def _called(app: typer.Typer, processes: Processes) -> int:
-    """The exit code of the command. What is wrong with the arguments of one process or of all is an InputError in all."""
+def _invoke(app: typer.Typer, processes: ProcessGroup) -> int:
+    """The exit code of the command. A usage error in one process, or in all, becomes an InputError in all."""
     try:
         return app(standalone_mode=False, obj=processes) or 0
     except TyperException as error:
@@ -108,39 +114,39 @@ def _called(app: typer.Typer, processes: Processes) -> int:
         raise wrong
 
 
-class _Ended(BaseException):
-    """Whoever started several processes told this one to end."""
+class _Terminated(BaseException):
+    """This process has received SIGTERM."""
 
 
 @contextmanager
-def _told_to_end(processes: Processes) -> Iterator[None]:
-    """Has SIGTERM, with which torchrun ends the others when one process is gone, raise `_Ended`.
+def _raise_on_sigterm(processes: ProcessGroup) -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM, which torchrun sends to the other processes when one has ended.
 
-    While this process waits for another, inside gloo, Python does not serve the signal before that wait is over: the others
-    have to end as well, as they do under torchrun. To end this one alone takes SIGKILL, which loses nothing of its state.
+    While this process waits for another one inside gloo, Python handles the signal only after that wait: the others have to
+    end, too, as they do under torchrun. Only SIGKILL ends a single process at once; its saved state remains.
     """
 
     def end(*signal_and_frame: object) -> None:
-        raise _Ended
+        raise _Terminated
 
-    if processes.count == 1:
+    if processes.world_size == 1:
         yield
         return
     signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that is left is to say how it ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that remains is to print how it ended
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    """A `warnings.showwarning` that says what was assumed; other libraries' warnings are not for the user of a command."""
+    """A `warnings.showwarning` for assumptions; warnings of other libraries do not concern the user of a command."""
     if issubclass(category, AssumptionWarning):
         complain(f"note: {message}")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on standard output, floats with four digits."""
+    """Print a table to standard output, floats with four digits."""
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
@@ -148,7 +154,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
-    """The summary of a result, what it leaves out, and where its files lie."""
+    """Print the summary of a result, the attention that is not in it, and the files that were written."""
     print_table(list(summary.columns), summary.itertuples(index=False))
     console = Console(highlight=False, soft_wrap=True)
     for name, reason in summary.attrs.get("skipped", {}).items():
@@ -158,10 +164,10 @@ def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
 
 
 @contextmanager
-def progress(total: int | None, processes: Processes | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on standard error, if that is a terminal; yields what is told the number of images done.
+def progress(total: int | None, processes: ProcessGroup | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar with rate and time left, if standard error is a terminal; yields a function that advances it.
 
-    Of several processes the first shows how far it is with its own share.
+    Of several processes the first shows the progress of its own share.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -172,8 +178,8 @@ def progress(total: int | None, processes: Processes | None = None) -> Iterator[
             return Text("" if speed is None else f"{speed:.{0 if speed >= 10 else 1}f} images/s")
 
     console = Console(stderr=True)
-    processes = processes or Processes()
-    share = "images" if processes.count == 1 else f"images of the first of {processes.count} processes"
+    processes = processes or ProcessGroup()
+    share = "images" if processes.world_size == 1 else f"images of the first of {processes.world_size} processes"
     columns = TextColumn(share), BarColumn(), MofNCompleteColumn(), Rate(), TextColumn("left"), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not (processes.is_main and console.is_terminal)) as bar:
         task = bar.add_task("images", total=total)

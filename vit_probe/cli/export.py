@@ -1,9 +1,9 @@
-"""Writing analyses into a folder: their pictures, their numbers as CSV, and the results themselves."""
+"""Writing results into a folder: their pictures, their numbers as CSV, and the results themselves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +12,46 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_probe.atomic_io import write_bytes
-from vit_probe.measures import AttentionDistanceResult, PatchFiltersResult, PositionSimilarityResult
 from vit_probe.plots import plot_figure7, save_figure
-from vit_probe.plots.position_similarity import shown_patches
 from vit_probe.results import Result
 
-__all__ = ["root_figure", "write_analysis", "write_figure7", "write_run"]
+__all__ = ["root_figure", "write_figure7", "write_result", "write_run"]
 
 
-def write_analysis(
-    result: Result, axes: Axes, folder: Path, name: str, formats: Sequence[str], *, table: pd.DataFrame | None = None
-) -> list[Path]:
-    """Writes `name.png` (and other formats), `name.csv` and `name.safetensors`, the result with its provenance.
+def write_result(result: Result, draw: Callable[[], Axes], folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Write `NAME.safetensors`, the result with its provenance, `NAME.csv` and `NAME.png` (or other formats).
 
-    The CSV holds the result's own table, or the one that is given in its place.
+    The picture comes last, so that nothing that was computed is lost if it cannot be drawn.
     """
-    if table is not None:
-        frame = table
-    elif isinstance(result, PositionSimilarityResult):  # all pairs of a large grid are millions of rows: those of the picture
-        frame = result.to_dataframe(*(shown_patches(size).tolist() for size in result.similarity.shape[:2]))
-    else:
-        frame = result.to_dataframe()
-    numbers = frame.to_csv(index=False, float_format="%.8g").encode()
-    return [
-        *save_figure(root_figure(axes), folder / name, formats),
-        write_bytes(folder / f"{name}.csv", numbers),
-        result.save(folder / f"{name}.safetensors"),
-    ]
+    name = result.measure
+    files = [result.save(folder / f"{name}.safetensors"), _write_csv(result.csv_table(), folder / f"{name}.csv")]
+    if getattr(result, "per_image", None):
+        files.append(_write_csv(result.to_dataframe(per_image=True), folder / f"{name}_per_image.csv"))  # type: ignore[call-arg]
+    return [*save_figure(root_figure(draw()), folder / name, formats), *files]
 
 
-def write_figure7(
-    filters: PatchFiltersResult,
-    similarity: PositionSimilarityResult | None,
-    distance: AttentionDistanceResult,
-    folder: Path,
-    formats: Sequence[str],
-) -> list[Path]:
-    """Writes the three-panel sheet of the ViT paper's figure 7 as `figure7.png` (and other formats)."""
-    if similarity is None:
-        sheet = plot_figure7(filters.filters, None, distance.to_dataframe())
-    else:
-        title = similarity.title
-        sheet = plot_figure7(filters.filters, similarity.similarity, distance.to_dataframe(), similarity_title=title)
+def _write_csv(frame: pd.DataFrame, path: Path) -> Path:
+    return write_bytes(path, frame.to_csv(index=False, float_format="%.8g").encode())
+
+
+def write_figure7(filters: Any, similarity: Any | None, distance: Result, folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Write the three-panel sheet of the ViT paper's figure 7 as `figure7.png` (or other formats).
+
+    Args:
+        filters: The result of `patch_filters`.
+        similarity: The result of `position_similarity`; None where the model has no positions to compare.
+        distance: The result of `mean_attention_distance`.
+        folder: Where to write.
+        formats: Of the picture.
+    """
+    positions = None if similarity is None else similarity.similarity
+    title = {} if similarity is None else {"similarity_title": similarity.title}
+    sheet = plot_figure7(filters.filters, positions, distance.to_dataframe(), **title)
     return save_figure(sheet, folder / "figure7", formats)
 
 
 def write_run(provenance: dict[str, Any], files: Sequence[Path], folder: Path) -> Path:
-    """Writes `run.json`: what was run on what, and which files came of it."""
+    """Write `run.json`: what was run on what, and which files were written."""
     content = provenance | {"files": sorted(path.name for path in files)}
     return write_bytes(folder / "run.json", (json.dumps(content, indent=2, default=str) + "\n").encode())
 

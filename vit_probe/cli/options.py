@@ -1,35 +1,17 @@
-"""The options of the command `vit-probe`, with what `--help` says of them."""
+"""The options that the commands share, with what `--help` says of them."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-__all__ = [
-    "AfterLayers",
-    "BatchSize",
-    "Components",
-    "Count",
-    "Device",
-    "Discard",
-    "Format",
-    "Formats",
-    "Fusion",
-    "ImagePaths",
-    "Kind",
-    "Limit",
-    "Model",
-    "MorePaths",
-    "OnError",
-    "Out",
-    "Prefix",
-    "Resume",
-    "SortedLayers",
-    "Spread",
-]
+__all__ = ["Format", "ModelOptions", "RunOptions", "StudyOptions", "with_options"]
 
 
 class Format(StrEnum):
@@ -45,45 +27,86 @@ Model = Annotated[
         "open_clip:ARCH/TAG; see `vit-probe models`."
     ),
 ]
-ImagePaths = Annotated[
+Images = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--images", metavar="PATH", help="Photographs, or folders of them; without any, sample photographs and crops of them."
-    ),
+    typer.Option("--images", metavar="PATH", help="Photographs or folders of photographs. Default: sample photographs."),
 ]
-MorePaths = Annotated[list[Path] | None, typer.Argument(help="More photographs or folders.")]
 Out = Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")]
 Limit = Annotated[int, typer.Option(min=1, help="Use at most this many images.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.")]
-Formats = Annotated[list[Format] | None, typer.Option("--format", help="May be repeated; png without any.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Prefix = Annotated[
-    Literal["renormalize", "drop"], typer.Option(help="What becomes of attention paid to class token and registers.")
-]
-Components = Annotated[int, typer.Option(min=1, help="Principal components to show.")]
-Fusion = Annotated[
-    Literal["mean", "max", "min"], typer.Option(help="How the heads of a layer become one; the paper's is mean.")
-]
-Discard = Annotated[float, typer.Option(help="Part of each layer's smallest entries set to zero, in [0, 1).")]
-Count = Annotated[int, typer.Option(min=1, help="Images to draw; the numbers of all are written.")]
-OnError = Annotated[
-    Literal["stop", "skip"], typer.Option(help="What becomes of images that cannot be read: end the run, or leave them out.")
-]
-AfterLayers = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Compare the tokens of a constant image after so many layers, instead of the table of position embeddings; "
-        "without a table, half of the layers.",
-    ),
-]
-Spread = Annotated[bool, typer.Option("--spread", help="Draw the standard deviation over images.")]
-SortedLayers = Annotated[
-    list[int] | None,
-    typer.Option("--sorted-layer", help="Also draw this layer's heads in order of distance; may be repeated."),
-]
-Kind = Annotated[Literal["pairs", "heatmap"], typer.Option(help="Attention over black, as in the paper, or a heat map.")]
-Resume = Annotated[
-    bool,
-    typer.Option("--resume", help="Go on with a run into the same folder, and in as many processes, that was interrupted."),
-]
+Formats = Annotated[list[Format] | None, typer.Option("--format", help="May be repeated. Default: png.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Of a command that looks at the weights alone."""
+
+    model: Model = "demo"
+    out: Out = Path("figures-out")
+    format: Formats = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions):
+    """Of a command that takes images through the model."""
+
+    paths: Annotated[list[Path] | None, typer.Argument(help="More photographs or folders.")] = None
+    images: Images = None
+    limit: Limit = 128
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 16
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="End the run at an image that cannot be read, or skip the image.")
+    ] = "stop"
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run in the same folder, with as many processes.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Of a study in `analyses/`."""
+
+    model: Model = "demo"
+    images: Images = None
+    out: Out = Path("figures")
+    limit: Limit = 128
+    format: Formats = None
+
+
+def with_options(function: Callable[..., Any], *more: inspect.Parameter) -> Callable[..., None]:
+    """A command whose options are the arguments of `function`, with a group of options in one argument spelt out.
+
+    Args:
+        function: Each of its arguments whose type is a dataclass of options, such as `RunOptions`, is given as an object, and
+            appears on the command line as the dataclass's fields. An argument called `options` that is no dataclass receives
+            `more` as a dictionary.
+        more: Further options.
+
+    Returns:
+        A function for `typer`.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    groups: dict[str, Any] = {
+        name: one.annotation for name, one in signature.parameters.items() if is_dataclass(one.annotation)
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name in groups:
+            hints = get_type_hints(groups[name], include_extras=True)
+            for field in fields(groups[name]):
+                default = inspect.Parameter.empty if field.default is MISSING else field.default
+                parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=hints[field.name]))
+        elif parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            parameters.append(parameter.replace(kind=keyword))
+    parameters += more
+
+    def command(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        function(**given)
+
+    command.__name__, command.__doc__, command.__module__ = function.__name__, function.__doc__, function.__module__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

@@ -1,4 +1,4 @@
-"""What each head of a layer has the class token attend to."""
+"""Class attention: the patches that the class token attends to, head by head."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_probe.attention.tiles import TILE_BYTES, AttentionInputs, AttentionTile, TiledAttention
-from vit_probe.data.preprocessing import Preprocessing
-from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.measures.base.per_image import SHOWN_IMAGES, PerImageMaps
+from vit_probe.measures.base.per_image import PerImageMaps
+from vit_probe.measures.base.registry import streaming_measure
 from vit_probe.measures.map_statistics import head_correlation, kept_mass_mask, map_correlation
-from vit_probe.results import Result
+from vit_probe.results import KeyNumber, Result
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid, Windows
 
@@ -30,10 +29,10 @@ __all__ = ["ClassAttention", "ClassAttentionResult", "class_attention"]
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class ClassAttentionResult(Result):
-    """The class token's attention to the patches, a map for every head of a layer and every image.
+    """The class token's attention to the patches, one map per image and head of a layer.
 
     Args:
-        maps: (image, head, row, col), softmax weights; what is missing to a sum of 1 is `prefix_mass`.
+        maps: (image, head, row, col), softmax weights; the remainder to a sum of 1 is `prefix_mass`.
         images: uint8 (image, height, width, channel), the first 64 images as the model saw them; None if their preprocessing
             is unknown.
         names: Name of each image.
@@ -41,6 +40,7 @@ class ClassAttentionResult(Result):
         module: Path of its module.
     """
 
+    measure: str = "class_attention"
     maps: np.ndarray
     images: np.ndarray | None
     names: list[str]
@@ -49,11 +49,11 @@ class ClassAttentionResult(Result):
 
     @property
     def prefix_mass(self) -> np.ndarray:
-        """(image, head), the part of the attention on prefix tokens: the class token itself and registers."""
+        """(image, head), the share of attention on prefix tokens: the class token itself and registers."""
         return np.clip(1 - self.maps.sum(axis=(2, 3), dtype=np.float64), 0, 1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a patch of an image in a head: image, name, head, row, col, attention."""
+        """One row per image, head and patch: image, name, head, row, col, attention."""
         image, head, row, col = (index.ravel() for index in np.indices(self.maps.shape))
         name = np.asarray(self.names, dtype=object)[image]
         return pd.DataFrame(
@@ -61,8 +61,9 @@ class ClassAttentionResult(Result):
         )
 
     def summary(self) -> pd.DataFrame:
-        """One row a head, means over images: the part on prefix tokens, the part of the patches that holds 60 % of the rest,
-        and the correlation over the patches with the other heads (without images where this head's map is constant).
+        """One row per head, means over images: the share of attention on prefix tokens; the smallest fraction of patches that
+        holds 60 % of the rest; and the correlation over patches with the other heads (without images in which this head's map
+        is constant).
         """
         return pd.DataFrame(
             {
@@ -74,10 +75,10 @@ class ClassAttentionResult(Result):
         )
 
     def beside(self, rollout: Float[np.ndarray, "image row col"]) -> pd.DataFrame:
-        """One row an image that tells these maps from its rollout: name; heads_correlation, the mean over pairs of heads of
-        their maps' correlation over the patches (without constant maps); rollout_correlation, that of rollout with the mean
-        over heads; heads_patches and rollout_patches, the part of the patches that holds 60 % of a head's map (mean over
-        heads), and of rollout.
+        """One row per image that compares these maps with its rollout: name; heads_correlation, the correlation over patches
+        between two heads' maps (mean over pairs of heads, without constant maps); rollout_correlation, the correlation between
+        rollout and the mean over heads; heads_patches and rollout_patches, the smallest fraction of patches that holds 60 % of
+        a head's map (mean over heads), and of rollout.
         """
         return pd.DataFrame(
             {
@@ -89,36 +90,44 @@ class ClassAttentionResult(Result):
             }
         )
 
+    def key_numbers(self) -> list[KeyNumber]:
+        """Share of attention on prefix tokens, and correlation over patches between two heads' maps; means over images."""
+        return [
+            ("attention on prefix tokens", "share", float(self.prefix_mass.mean())),
+            ("correlation of heads", "", float(pd.Series(head_correlation(self.maps).ravel()).mean())),
+        ]
+
+    @property
+    def panel_title(self) -> str:
+        """Title of the result's panel in the overview."""
+        return "Class attention\n(input, head 0)"
+
+    def plot_panel(self, *, ax: Axes) -> Axes:
+        """Draw the first two images and the first head."""
+        return self.plot(ax=ax, count=2, heads=[0])
+
     def plot(self, *, ax: Axes | None = None, count: int = 8, heads: Sequence[int] | None = None) -> Axes:
-        """The first `count` images, each beside its attention in all heads, or in those that are named, in colours."""
+        """Draw each image beside the class token's attention, one colour per head.
+
+        Args:
+            ax: Where to draw; a new figure if None.
+            count: How many images to draw, from the first.
+            heads: Which heads to draw; all if None.
+        """
         from vit_probe.plots.class_attention import plot_class_attention
 
         return plot_class_attention(self.maps[:count], None if self.images is None else self.images[:count], heads=heads, ax=ax)
 
 
-def class_attention(
-    model: nn.Module,
-    images: Images,
-    *,
-    layer: int = -1,
-    grid: TokenGrid | None = None,
-    preprocessing: Preprocessing | None = None,
-    batch_size: int = 16,
-    device: str = "auto",
-) -> ClassAttentionResult:
-    """What the class token attends to in one layer, head by head: softmax weights over the patches, not rescaled.
+@streaming_measure(result=ClassAttentionResult, shows_images=True)
+def class_attention(run: AttentionRun, *, layer: int = -1) -> ClassAttention:
+    """Attention of the class token to the patches in one layer, head by head: softmax weights, not rescaled.
 
-    Only the class token's queries are looked at, so that the model's own fused attention runs and it costs next to nothing
-    beside the forward pass, with any number of tokens.
+    Only the class token's row of the attention is computed, and the model's own fused attention runs, so the measure adds
+    almost nothing to the forward pass, whatever the number of tokens.
 
     Args:
-        model: Any Vision Transformer with a class token whose attention goes through `scaled_dot_product_attention`.
-        images: Photographs, paths, a preprocessed tensor (batch, channel, height, width), or an iterable of such batches.
         layer: Which layer; negative numbers count from the end, so that -1 is the last.
-        grid: Where the patches lie; read from the model if None.
-        preprocessing: How photographs are prepared; the model's own if None.
-        batch_size: Images a forward pass.
-        device: Where to run: `auto`, `cpu`, `cuda`, `mps`.
 
     Raises:
         InputError: If the model has no class token, attends within windows, or has no such layer; if the images cannot be used,
@@ -126,13 +135,14 @@ def class_attention(
 
     References:
         Caron et al. 2021, arXiv:2104.14294, figures 1 and 3.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe import class_attention, load_model
+        >>> class_attention(load_model("demo"), torch.zeros(1, 3, 64, 64)).maps.shape  # image, head, row, col
+        (1, 6, 8, 8)
     """
-    run = AttentionRun(
-        model, images, grid=grid, preprocessing=preprocessing, batch_size=batch_size, device=device, keep_images=SHOWN_IMAGES
-    )
-    measure = ClassAttention(run.grid, run.layers, layer=layer, windows=run.windows)
-    run.observe(measure)
-    return measure.compute(run.provenance(measure.options), names=run.images.names, images=run.images.kept())
+    return ClassAttention(run.grid, run.layers, layer=layer, windows=run.windows)
 
 
 class ClassAttention(PerImageMaps):
@@ -140,14 +150,24 @@ class ClassAttention(PerImageMaps):
 
     Args:
         grid: Where the patches lie.
-        layers: Module path of each self-attention layer, as `AttentionRun.layers` has them.
+        layers: Path of each layer's module, as `AttentionRun.layers` lists them.
         layer: See `class_attention`.
-        windows: The layers whose attention is not over all the tokens of `grid`; there may be none.
+        windows: The layers whose attention does not cover all tokens of `grid`; must be empty or None.
 
     Raises:
-        InputError: If there is no class token, there are such layers, or `layer` is none of the model's.
+        InputError: If there is no class token, `windows` names any layer, or the model has no such `layer`.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe import load_model
+        >>> run = AttentionRun(load_model("demo"), torch.zeros(1, 3, 64, 64))
+        >>> measure = ClassAttention(run.grid, run.layers, layer=0)
+        >>> run.observe(measure)
+        >>> measure.compute().maps.shape
+        (1, 6, 8, 8)
     """
 
+    name = "class_attention"
     display_name = "maps of the class token's attention"
 
     def __init__(
@@ -161,8 +181,8 @@ class ClassAttention(PerImageMaps):
         super().__init__(grid)
         if windows:
             raise InputError(
-                f"the class token's attention is over all patches, but {len(windows)} layers of this model (the first is layer "
-                f"{min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
+                f"class_attention needs attention over all patches, but {len(windows)} layers of this model (the first is "
+                f"layer {min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
             )
         if not grid.has_cls_token:
             raise InputError(
@@ -174,21 +194,21 @@ class ClassAttention(PerImageMaps):
         self.layer = layer % len(layers)
         self.module = layers[self.layer]
         self._compute = TiledAttention(TILE_BYTES)
-        self._rows: list[Tensor] = []  # of the current batch, (image, head, key), a group of images each
+        self._rows: list[Tensor] = []  # of the current batch, (image, head, key), one per group of images
 
     @property
     def options(self) -> dict[str, Any]:
         return {"layer": self.layer}
 
     def begin_layer(self, inputs: AttentionInputs) -> bool:
-        """Told of a layer before its tiles, of which none is needed: the class token's row follows from its queries alone."""
+        """Compute the class token's row from its queries alone, and return False: no tiles are needed."""
         if inputs.layer == self.layer:
             bias = None if inputs.bias is None else inputs.bias[:, :, :1]
             self._compute(replace(inputs, query=inputs.query[:, :, :1], bias=bias), None, [self])
         return False
 
     def update(self, tile: AttentionTile) -> None:
-        """Adds what a tile holds of the class token's row."""
+        """Add a tile's part of the class token's row."""
         if tile.layer != self.layer or tile.queries.start > 0:
             return
         self.grid.check_tokens(tile.num_tokens)
@@ -201,7 +221,7 @@ class ClassAttention(PerImageMaps):
             self._rows[-1] = torch.cat([self._rows[-1], row], dim=1)
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        """Forget everything since `begin_batch`, even if the batch has ended."""
         super().roll_back()
         self._rows = []
 

@@ -1,4 +1,4 @@
-"""Mixtures of one or two Gaussians, fitted to values that are counted in bins."""
+"""Mixtures of one or two Gaussians fitted to binned values, and the artifact tokens that a mixture of two reveals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ __all__ = [
     "two_gaussians",
 ]
 
+# Fractions of the values that belong to the lower component at the start of expectation maximisation.
+_INITIAL_FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+_MAX_STEPS = 2000
+_MIN_GAIN = 1e-9  # of the mean log-likelihood; a step that gains less is the last
+_NUM_DENSITY_POINTS = 4001  # between the two means
+_TINY = 1e-300  # keeps divisors and logarithms above 0
 
-_SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of the lower component, to start from
-_MOST_STEPS = 2000
-_ENOUGH = 1e-9  # gain in log-likelihood of a value, from which on a further step is not worth it
-_PLACES = 4001  # between the two means, at which the density is looked at
-_TINY = 1e-300
+# What two components must show to be a layer's artifacts.
+_MIN_SEPARATION = 2.0  # Ashman's D
+_MIN_VALLEY_DEPTH = 3.5  # standard deviations of the difference of two counts
+_MIN_IMAGES = 0.5  # fraction of images with an artifact
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,13 @@ class Mixture:
         means: (component).
         stds: (component), standard deviations.
         log_likelihood: Of all values together.
-        count: How many values there were.
+        count: Number of values.
+
+    Examples:
+        >>> weights, means, stds = np.array([0.9, 0.1]), np.array([0.0, 4.0]), np.ones(2)
+        >>> mixture = Mixture(weights, means, stds, log_likelihood=-1700.0, count=1000)
+        >>> mixture.separation(), round(mixture.crossing(), 2), round(mixture.valley(), 1)
+        (4.0, 2.55, 2.7)
     """
 
     weights: Float[np.ndarray, "component"]
@@ -45,15 +56,16 @@ class Mixture:
 
     def density(self, values: Float[np.ndarray, "*values"]) -> Float[np.ndarray, "*values"]:
         """Probability density at these values."""
-        parts = zip(self.weights, self.means, self.stds, strict=True)
-        return np.sum([weight * np.exp(_log_density(values, mean, std)) for weight, mean, std in parts], axis=0)
+        components = zip(self.weights, self.means, self.stds, strict=True)
+        return np.sum([weight * np.exp(_log_density(values, mean, std)) for weight, mean, std in components], axis=0)
 
     def bic(self) -> float:
-        """Bayesian information criterion (Schwarz 1978), which counts the values as independent; the lower the better."""
-        return (3 * len(self.weights) - 1) * math.log(self.count) - 2 * self.log_likelihood
+        """Bayesian information criterion (Schwarz 1978), which treats the values as independent; lower is better."""
+        num_parameters = 3 * len(self.weights) - 1  # means, standard deviations, and weights, which sum to 1
+        return num_parameters * math.log(self.count) - 2 * self.log_likelihood
 
     def separation(self) -> float:
-        """Ashman's D of two components: the distance of their means over their root mean square standard deviation.
+        """Ashman's D of two components: the distance between their means over their root mean square standard deviation.
 
         References:
             Ashman, Bird & Zepf 1994, arXiv:astro-ph/9408030, equation 4: a clean separation needs D > 2.
@@ -68,113 +80,125 @@ class Mixture:
         References:
             Ray & Lindsay 2005, The topography of multivariate normal mixtures, Annals of Statistics 33.
         """
-        places = np.linspace(self.means[0], self.means[1], _PLACES)
-        density = self.density(places)
-        before, after = np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1]
-        depth = density / np.maximum(np.minimum(before, after), _TINY)
-        deepest = int(depth.argmin())
-        return float(places[deepest]) if depth[deepest] < 1 - 1e-9 else None
+        points = np.linspace(self.means[0], self.means[1], _NUM_DENSITY_POINTS)
+        density = self.density(points)
+        # Relative to the lower of the highest densities to the left and to the right: below 1 only between two peaks.
+        peak_left, peak_right = np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1]
+        relative = density / np.maximum(np.minimum(peak_left, peak_right), _TINY)
+        lowest = int(relative.argmin())
+        return float(points[lowest]) if relative[lowest] < 1 - 1e-9 else None
 
     def crossing(self) -> float | None:
-        """Where, between the two means, either component is as probable as the other; None if one is the more probable at both
-        means.
+        """The point between the two means at which both components are equally probable; None if one component is more probable
+        at both means.
         """
 
-        def lead(value: float) -> float:
-            """Of the first component over the second, as a logarithm."""
+        def log_ratio(value: float) -> float:
+            """Logarithm of the first component's weighted density over the second's."""
             logs = np.log(self.weights) + _log_density(value, self.means, self.stds)
             return float(logs[0] - logs[1])
 
         lower, upper = map(float, self.means)
-        if not lead(lower) > 0 > lead(upper):
+        if not log_ratio(lower) > 0 > log_ratio(upper):
             return None
-        return float(brentq(lead, lower, upper))
+        return float(brentq(log_ratio, lower, upper))
 
 
-def one_gaussian(values: Float[np.ndarray, "bin"], counts: Int[np.ndarray, "bin"], *, narrowest: float) -> Mixture:
-    """The Gaussian of the greatest likelihood.
+def one_gaussian(values: Float[np.ndarray, "bin"], counts: Int[np.ndarray, "bin"], *, min_std: float) -> Mixture:
+    """Fit one Gaussian by maximum likelihood.
 
     Args:
-        values: The middle of each bin.
-        counts: How many values lie in it; some at least.
-        narrowest: The least standard deviation, as wide as a bin: finer ones cannot be told.
+        values: Centre of each bin.
+        counts: Number of values in each bin; at least one is not 0.
+        min_std: Smallest standard deviation: the width of a bin, below which spreads cannot be resolved.
+
+    Examples:
+        >>> mixture = one_gaussian(np.array([0.0, 1.0, 2.0]), np.array([1, 2, 1]), min_std=0.1)
+        >>> mixture.means, mixture.stds.round(2)
+        (array([1.]), array([0.71]))
     """
     total = int(counts.sum())
     mean = counts @ values / total
-    std = max(math.sqrt(counts @ (values - mean) ** 2 / total), narrowest)
+    std = max(math.sqrt(counts @ (values - mean) ** 2 / total), min_std)
     likelihood = float(counts @ _log_density(values, mean, std))
     return Mixture(np.ones(1), np.array([mean]), np.array([std]), likelihood, total)
 
 
-def two_gaussians(values: Float[np.ndarray, "bin"], counts: Int[np.ndarray, "bin"], *, narrowest: float) -> Mixture | None:
-    """The two Gaussians of the greatest likelihood that expectation maximisation finds; None if all values are in one bin.
+def two_gaussians(values: Float[np.ndarray, "bin"], counts: Int[np.ndarray, "bin"], *, min_std: float) -> Mixture | None:
+    """Fit two Gaussians by expectation maximisation; None if all values are in one bin.
 
-    It starts from twelve splits of the values in two, at fixed shares, and so finds the same each time; scikit-learn's
-    GaussianMixture has no weights for values.
+    It starts from twelve fixed splits of the values into two groups and keeps the best fit, so the result is deterministic.
+    (scikit-learn's GaussianMixture does not accept weights for values.)
 
     Args:
-        values: The middle of each bin, in ascending order.
-        counts: How many values lie in it; some at least.
-        narrowest: The least standard deviation.
+        values: Centre of each bin, in ascending order.
+        counts: Number of values in each bin; at least one is not 0.
+        min_std: Smallest standard deviation.
 
     References:
         Dempster, Laird & Rubin 1977, Maximum likelihood from incomplete data via the EM algorithm.
+
+    Examples:
+        >>> mixture = two_gaussians(np.arange(8.0), np.array([1, 2, 1, 0, 0, 1, 2, 1]), min_std=0.1)
+        >>> mixture.means.round(2), mixture.weights.round(2)
+        (array([1., 6.]), array([0.5, 0.5]))
     """
     values, counts = values[counts > 0], counts[counts > 0]
     if len(values) < 2:
         return None
-    share = counts / counts.sum()
-    below = np.cumsum(share)[:-1]
-    splits = np.unique([np.abs(below - part).argmin() for part in _SHARES])
-    upper = (np.arange(len(values)) > splits[:, None]).astype(np.float64)  # (start, bin), part that is the second's
-    before = np.full(len(splits), -np.inf)
-    for _ in range(_MOST_STEPS):
-        parts = np.stack([1 - upper, upper], axis=1) * share
-        weights = np.maximum(parts.sum(axis=-1), _TINY)
-        means = parts @ values / weights
-        spread = (parts * (values - means[..., None]) ** 2).sum(axis=-1) / weights
-        stds = np.sqrt(np.maximum(spread, narrowest**2))
-        densities = np.log(weights)[..., None] + _log_density(values, means[..., None], stds[..., None])
-        together = np.logaddexp(densities[:, 0], densities[:, 1])
-        upper = np.exp(densities[:, 1] - together)
-        likelihood = together @ share
-        if (likelihood - before).max() < _ENOUGH:
+    frequencies = counts / counts.sum()
+    cumulative = np.cumsum(frequencies)[:-1]
+    splits = np.unique([np.abs(cumulative - fraction).argmin() for fraction in _INITIAL_FRACTIONS])
+    # (start, bin), the probability that a value of the bin belongs to the upper component; all starts advance together.
+    upper = (np.arange(len(values)) > splits[:, None]).astype(np.float64)
+    previous = np.full(len(splits), -np.inf)
+    for _ in range(_MAX_STEPS):
+        responsibilities = np.stack([1 - upper, upper], axis=1) * frequencies  # (start, component, bin)
+        weights = np.maximum(responsibilities.sum(axis=-1), _TINY)
+        means = responsibilities @ values / weights
+        variances = (responsibilities * (values - means[..., None]) ** 2).sum(axis=-1) / weights
+        stds = np.sqrt(np.maximum(variances, min_std**2))
+        log_densities = np.log(weights)[..., None] + _log_density(values, means[..., None], stds[..., None])
+        log_sum = np.logaddexp(log_densities[:, 0], log_densities[:, 1])
+        upper = np.exp(log_densities[:, 1] - log_sum)
+        likelihood = log_sum @ frequencies
+        if (likelihood - previous).max() < _MIN_GAIN:
             break
-        before = likelihood
+        previous = likelihood
     best = int(likelihood.argmax())
     order = means[best].argsort(kind="stable")
     total = int(counts.sum())
     return Mixture(weights[best][order], means[best][order], stds[best][order], float(likelihood[best] * total), total)
 
 
-def _log_density(values: Any, mean: Any, std: Any) -> Any:
-    """Of a Gaussian."""
-    return -0.5 * ((values - mean) / std) ** 2 - np.log(std) - 0.5 * math.log(2 * math.pi)
-
-
-_CLEAN = 2.0  # Ashman's D of a clean separation
-_CHANCE = 3.5  # standard deviations of a difference of counts
-_MOST = 0.5  # of the images
-
-
 def find_artifacts(
     counts: Int[np.ndarray, "bin"], images: Int[np.ndarray, "bin"], edges: Float[np.ndarray, "edge"], *, open_below: bool
 ) -> dict[str, float]:
-    """What `TokenNormsResult` says of the artifacts of a layer, by its names; see `vit_probe.measures.token_norms.token_norms`.
+    """Find the artifacts of one layer; see `vit_probe.measures.token_norms.token_norms` for the conditions.
 
     Args:
-        counts: How many tokens have the logarithm of their norm between two edges.
-        images: How many images have that of their largest token there.
-        edges: Logarithms; one more than there are bins.
-        open_below: Whether the first bin also holds what lies below it, norms of 0 for one. It then takes part in no fit.
+        counts: Number of tokens in each bin, by the logarithm of their norm.
+        images: Number of images in each bin, by the logarithm of their largest norm.
+        edges: Edges of the bins in ascending order, natural logarithms of norms.
+        open_below: Whether the first bin also holds all smaller norms, such as 0. It is then left out of the fit.
+
+    Returns:
+        The fields of `TokenNormsResult` that describe artifacts, by name.
+
+    Examples:
+        >>> edges = np.arange(9) / 2
+        >>> counts, images = np.array([200, 900, 200, 0, 0, 0, 100, 0]), np.array([0, 0, 0, 0, 0, 0, 20, 0])
+        >>> artifacts = find_artifacts(counts, images, edges, open_below=False)
+        >>> round(artifacts["artifacts"], 3), artifacts["artifact_images"]
+        (0.071, 1.0)
     """
     total = counts.sum()
     if open_below and counts[1:].any():
         counts = np.concatenate([[0], counts[1:]])
-    middles, narrowest = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-    one = one_gaussian(middles, counts, narrowest=narrowest)
-    two = two_gaussians(middles, counts, narrowest=narrowest)
-    found = {
+    centres, bin_width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+    one = one_gaussian(centres, counts, min_std=bin_width)
+    two = two_gaussians(centres, counts, min_std=bin_width)
+    result = {
         "threshold": np.nan,
         "artifacts": 0.0,
         "artifact_images": 0.0,
@@ -184,41 +208,47 @@ def find_artifacts(
         "bic_gain": np.nan,
     }
     if two is None:
-        return found
-    found |= {"separation": two.separation(), "bic_gain": one.bic() - two.bic()}
+        return result
+    result |= {"separation": two.separation(), "bic_gain": one.bic() - two.bic()}
     crossing = two.crossing()
-    clean = found["bic_gain"] > 0 and found["separation"] > _CLEAN and two.weights[1] < two.weights[0]
-    if crossing is None or not clean or not _valley_is_seen(two, middles, counts):
-        return found
-    first = int(np.abs(edges - crossing).argmin())  # bin of the least artifact
+    clean = result["bic_gain"] > 0 and result["separation"] > _MIN_SEPARATION and two.weights[1] < two.weights[0]
+    if crossing is None or not clean or not _has_valley(two, centres, counts):
+        return result
+    first = int(np.abs(edges - crossing).argmin())  # the first bin of artifacts
+    artifact_images = float(images[first:].sum() / images.sum())
+    if artifact_images <= _MIN_IMAGES:
+        return result
     lower, upper = np.exp(two.means)
-    with_some = float(images[first:].sum() / images.sum())
-    if with_some <= _MOST:
-        return found
-    return found | {
+    return result | {
         "threshold": float(np.exp(edges[first])),
         "artifacts": float(counts[first:].sum() / total),
-        "artifact_images": with_some,
+        "artifact_images": artifact_images,
         "typical_norm": float(lower),
         "artifact_norm": float(upper),
     }
 
 
-def _valley_is_seen(two: Mixture, middles: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether the fitted density has a valley, and fewer values lie in it than where they are densest on either side, by more
-    than chance.
+def _has_valley(two: Mixture, centres: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether the fitted density has a valley in which there are significantly fewer values than at the densest place on either
+    side.
 
-    A flat distribution, or one that rises to an edge, is fitted by two components with a valley that is not there. The values
-    may be densest away from a component's mean, which lies between two groups where there are two.
+    The counts are checked too, since two components fitted to a flat distribution, or to one that rises to an edge, have a
+    valley that the values do not. The densest place is searched on the whole side, since a component that covers two groups of
+    values has its mean between them.
     """
     valley = two.valley()
     if valley is None:
         return False
-    lowest = int(np.abs(middles - valley).argmin())
+    lowest = int(np.abs(centres - valley).argmin())
     for mean, std, side in zip(two.means, two.stds, (slice(lowest), slice(lowest + 1, None)), strict=True):
-        near = int(min(std, abs(mean - valley)) / 2 / (middles[1] - middles[0]))
-        around = np.convolve(counts, np.ones(2 * near + 1), mode="full")[near : len(counts) + near]
-        in_valley, on_peak = around[lowest], around[side].max()
-        if on_peak - in_valley <= _CHANCE * np.sqrt(on_peak + in_valley):
+        half_width = int(min(std, abs(mean - valley)) / 2 / (centres[1] - centres[0]))
+        window_counts = np.convolve(counts, np.ones(2 * half_width + 1), mode="full")[half_width : len(counts) + half_width]
+        in_valley, on_peak = window_counts[lowest], window_counts[side].max()
+        if on_peak - in_valley <= _MIN_VALLEY_DEPTH * np.sqrt(on_peak + in_valley):  # Poisson counts
             return False
     return True
+
+
+def _log_density(values: Any, mean: Any, std: Any) -> Any:
+    """Logarithm of the density of a Gaussian."""
+    return -0.5 * ((values - mean) / std) ** 2 - np.log(std) - 0.5 * math.log(2 * math.pi)

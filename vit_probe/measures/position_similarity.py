@@ -1,4 +1,4 @@
-"""How alike the positions of two patches are to a model."""
+"""Similarity of the positions of patches to a model, and how it falls with their distance."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vit_probe.errors import InputError
+from vit_probe.measures.base.registry import model_measure
 from vit_probe.models.config import as_pair
-from vit_probe.results import Result, check_finite, software_versions
+from vit_probe.results import KeyNumber, Result, check_finite, software_versions
 from vit_probe.runner.run import model_provenance
 from vit_probe.tokens.grid import TokenGrid, input_channels, read_patch_size
 from vit_probe.tokens.hidden_states import patch_tokens
@@ -25,38 +26,46 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PositionSimilarityResult",
-    "patches_apart",
+    "patch_distances",
     "position_nearness",
     "position_similarity",
 ]
 
 
-_ALIKE = 1e-4  # of the tokens' size: smaller differences are rounding
-_MOST_PREFIX = 16  # entries that a table may hold for prefix tokens
+_EQUAL_TOLERANCE = 1e-4  # relative to the tokens' size; smaller differences are rounding
+_MAX_PREFIX_ENTRIES = 16  # of a position table
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PositionSimilarityResult(Result):
-    """Cosine similarity of each patch's position with every other's.
+    """Cosine similarity of the positions of all pairs of patches.
 
     Args:
         similarity: (row, col, row, col), from -1 to 1.
-        after_layers: The layers that the tokens of a constant image had passed; None for a table of position embeddings.
+        after_layers: After how many layers the tokens of a constant image were compared; None if the entries of a table of
+            position embeddings were compared.
     """
 
+    measure: str = "position_similarity"
     similarity: Float[np.ndarray, "row col row col"]
     after_layers: int | None = None
 
     def to_dataframe(self, rows: Sequence[int] | None = None, cols: Sequence[int] | None = None) -> pd.DataFrame:
-        """One row a pair of patches: row, col, other_row, other_col, similarity; row and col among those given, if any are."""
+        """One row per pair of patches: row, col, other_row, other_col, similarity; only of the given rows and cols, if any."""
         height, width = self.similarity.shape[:2]
-        tiles = np.arange(height) if rows is None else np.asarray(rows), np.arange(width) if cols is None else np.asarray(cols)
-        index = np.meshgrid(*tiles, np.arange(height), np.arange(width), indexing="ij")
-        columns = {name: i.ravel() for name, i in zip(("row", "col", "other_row", "other_col"), index, strict=True)}
-        return pd.DataFrame(columns | {"similarity": self.similarity[np.ix_(*tiles)].ravel()})
+        chosen = np.arange(height) if rows is None else np.asarray(rows), np.arange(width) if cols is None else np.asarray(cols)
+        indices = np.meshgrid(*chosen, np.arange(height), np.arange(width), indexing="ij")
+        columns = {name: index.ravel() for name, index in zip(("row", "col", "other_row", "other_col"), indices, strict=True)}
+        return pd.DataFrame(columns | {"similarity": self.similarity[np.ix_(*chosen)].ravel()})
+
+    def csv_table(self) -> pd.DataFrame:
+        """The pairs that the figure shows, since all pairs of a large grid are millions of rows."""
+        from vit_probe.plots.position_similarity import shown_patches
+
+        return self.to_dataframe(*(shown_patches(size).tolist() for size in self.similarity.shape[:2]))
 
     def summary(self) -> pd.DataFrame:
-        """One row: grid, mean similarity of neighbouring patches, and of all pairs."""
+        """One row: the grid, the mean similarity of neighbouring patches and of all pairs, and the lowest similarity."""
         rows, cols = self.similarity.shape[:2]
         right = np.einsum("rcrc->rc", self.similarity[:, :-1, :, 1:])
         down = np.einsum("rcrc->rc", self.similarity[:-1, :, 1:, :])
@@ -72,53 +81,87 @@ class PositionSimilarityResult(Result):
 
     @property
     def title(self) -> str:
-        """What the figure is called."""
+        """Title of the figure."""
         if self.after_layers is None:
             return "Position embedding similarity"
         return f"Position similarity after {_layers(self.after_layers)}"
 
+    def key_numbers(self) -> list[KeyNumber]:
+        """Mean similarity of direct neighbours, and of patches further apart than half the grid's longer side; and
+        `position_nearness` (NaN if it is undefined).
+        """
+        rows, cols = self.similarity.shape[:2]
+        distance = patch_distances(rows, cols)
+        similarity = self.similarity.reshape(rows * cols, -1).astype(np.float64)
+
+        def mean(pairs: np.ndarray) -> float:
+            return float(similarity[pairs].mean()) if pairs.any() else float("nan")
+
+        try:
+            nearness = position_nearness(self.similarity)
+        except InputError:
+            nearness = float("nan")
+        return [
+            ("neighbours", "cosine", mean(distance == 1)),
+            ("far apart", "cosine", mean(distance > max(rows, cols) / 2)),
+            ("correlation with distance", "", nearness),
+        ]
+
+    @property
+    def panel_title(self) -> str:
+        """Title of the result's panel in the overview."""
+        return "Position similarity\n(cosine)"
+
     def plot(self, *, ax: Axes | None = None) -> Axes:
-        """A tile for each patch (evenly spaced ones of a large grid) that shows its similarity to all patches."""
+        """Draw a tile per patch (for large grids, per evenly spaced patch) with its similarity to all patches."""
         from vit_probe.plots import plot_position_similarity
 
         return plot_position_similarity(self.similarity, title=self.title, ax=ax)
 
 
+@model_measure(result=PositionSimilarityResult, command="positions")
 def position_similarity(
     model: nn.Module, *, after_layers: int | None = None, image_size: int | tuple[int, int] | None = None
 ) -> PositionSimilarityResult:
     """Cosine similarity of the positions of all pairs of patches.
 
-    Of a model with a table of absolute position embeddings (learned or sine-cosine), these are the table's entries at its
-    native grid, entries of prefix tokens left out.
+    In a model with a table of absolute position embeddings (learned or sine-cosine), the table's entries are compared, at its
+    native grid and without the entries of prefix tokens.
 
-    Of any other (rotary or relative positions), and of every model with `after_layers`, they are the tokens that a constant
-    image leaves behind. Its patches all look alike, so that whatever tells two tokens apart is position. The image is zero
-    after standardisation, the mean colour. The patch tokens that have passed the first `after_layers` layers are centred
-    (their mean over the patches is subtracted: what they share says nothing of position) and then compared. With 0 layers
-    they are what enters the first layer: the table's entries, centred, where a table is added to the patches.
+    In all other models (rotary or relative positions), and whenever `after_layers` or `image_size` is given, the patch tokens
+    of a constant image are compared. All its patches look the same, so only position distinguishes their tokens. The image is
+    zero after standardisation, which is the mean colour. The patch tokens after the first `after_layers` layers are centred
+    (their mean over patches, which says nothing about position, is subtracted) before they are compared. With
+    `after_layers=0`, they are the tokens that enter the first layer: the table's entries, centred, in models that add a table
+    to the patches.
 
     Args:
-        model: Our own, or any other; without a table, its attention must go through `scaled_dot_product_attention`.
-        after_layers: How many layers the tokens have passed; if None, the table, or half of the layers (rounded up) where
-            there is none.
+        model: Any Vision Transformer; without a table, its attention must go through `scaled_dot_product_attention`.
+        after_layers: After how many layers tokens are compared; if None, the table is used, or, without a table, tokens after
+            half of the layers (rounded up).
         image_size: Height and width, or one side, of the constant image; the model's native size if None.
 
     Raises:
-        InputError: If there is no table and no native size, fewer layers, or the tokens of a constant image are all alike
-            (rotary or relative positions without any prefix token or padding leave no trace on it).
+        InputError: If the model has neither a table nor a native size, has fewer layers than `after_layers`, or gives all
+            patches of a constant image the same token (as rotary or relative positions do without a prefix token or padding).
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (centre), figure 10 and appendix D.4, for the table.
+
+    Examples:
+        >>> from vit_probe import VisionTransformer, ViTConfig, position_similarity
+        >>> model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3))
+        >>> position_similarity(model).similarity.shape
+        (4, 4, 4, 4)
     """
-    if after_layers is None and image_size is None and (found := _position_table(model)) is not None:
-        table, rows, cols = found
+    if after_layers is None and image_size is None and (position_table := _position_table(model)) is not None:
+        table, rows, cols = position_table
         vectors = table.detach().cpu().double().numpy()
     else:
         tokens, grid, after_layers = _constant_image_tokens(model, after_layers, image_size)
         rows, cols = grid.rows, grid.cols
         vectors = tokens - tokens.mean(axis=0)
-        if np.abs(vectors).max() <= _ALIKE * np.abs(tokens).max():
+        if np.abs(vectors).max() <= _EQUAL_TOLERANCE * np.abs(tokens).max():
             raise InputError(
                 f"the tokens of a constant image are all alike after {_layers(after_layers)} of {type(model).__name__}; "
                 + (
@@ -139,6 +182,55 @@ def position_similarity(
     return PositionSimilarityResult(similarity=similarity, after_layers=after_layers, provenance=provenance)
 
 
+def position_nearness(similarity: Float[np.ndarray, "row col row col"]) -> float:
+    """Pearson correlation between the similarity of two patches' positions and their distance.
+
+    It is taken over all pairs of different patches, with distances between their centres. It is below 0 if near patches are
+    more similar than distant ones, 0 if similarity has no linear relation to distance, and -1 only if it falls linearly with
+    distance. The ViT paper shows maps and gives no number; this one is specific to vit_probe.
+
+    Args:
+        similarity: (row, col, row, col), as in the result of `position_similarity`.
+
+    Raises:
+        InputError: If the shape is wrong, or all pairs have the same similarity or the same distance.
+
+    References:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5, figure 7 (centre) and figure 10, for the maps.
+
+    Examples:
+        >>> similarity = 1 - patch_distances(2, 3).reshape(2, 3, 2, 3) / 4
+        >>> round(position_nearness(similarity), 6)
+        -1.0
+    """
+    values = np.asarray(similarity, dtype=np.float64)
+    if values.ndim != 4 or values.shape[:2] != values.shape[2:]:
+        raise InputError(f"similarity has shape {values.shape}; it must be (row, col, row, col), the same grid twice")
+    rows, cols = values.shape[:2]
+    pairs = ~np.eye(rows * cols, dtype=bool)
+    distances = patch_distances(rows, cols)[pairs]
+    similarities = values.reshape(rows * cols, -1)[pairs]
+    if not (len(distances) and np.ptp(distances) > 0 and np.ptp(similarities) > 0):
+        raise InputError(
+            f"all pairs of the {rows} x {cols} patches are equally far apart or equally similar; "
+            "a correlation needs pairs that differ in both"
+        )
+    return float(np.corrcoef(distances, similarities)[0, 1])
+
+
+def patch_distances(rows: int, cols: int) -> Float[np.ndarray, "patch patch"]:
+    """Distance between the centres of any two patches of a grid, in units of patches; patches are numbered row by row.
+
+    Examples:
+        >>> patch_distances(1, 3)
+        array([[0., 1., 2.],
+               [1., 0., 1.],
+               [2., 1., 0.]])
+    """
+    positions = np.indices((rows, cols)).reshape(2, -1).T
+    return np.asarray(np.linalg.norm(positions[:, None] - positions[None], axis=-1))
+
+
 def _layers(count: int) -> str:
     return f"{count} layer" if count == 1 else f"{count} layers"
 
@@ -146,34 +238,38 @@ def _layers(count: int) -> str:
 def _constant_image_tokens(
     model: nn.Module, after_layers: int | None, image_size: int | tuple[int, int] | None
 ) -> tuple[Float[np.ndarray, "patch dim"], TokenGrid, int]:
-    """The patch tokens of a constant image after some layers, their grid, and how many layers that is."""
+    """The patch tokens of a constant image after some layers, their grid, and the number of these layers."""
     size = _native_size(model) if image_size is None else image_size
     if size is None:
         raise InputError(
-            f"{type(model).__name__} has no table of position embeddings and names no image size; pass image_size= for the "
-            "constant image to be shown to it"
+            f"{type(model).__name__} has no table of position embeddings and names no image size; pass image_size=, the size "
+            "of the constant image to show to it"
         )
     height, width = as_pair(size, "image_size")
-    found = locate_tokens(model, height, width)
-    depth = len(found.layers)
+    layout = locate_tokens(model, height, width)
+    depth = len(layout.layers)
     after_layers = (depth + 1) // 2 if after_layers is None else after_layers
     if not 0 <= after_layers <= depth:
         raise InputError(f"after_layers must be from 0 to {depth}, the layers of {type(model).__name__}; got {after_layers}")
-    tokens, grid = patch_tokens(model, torch.zeros(1, input_channels(model), height, width), found, after_layers)
+    tokens, grid = patch_tokens(model, torch.zeros(1, input_channels(model), height, width), layout, after_layers)
     return tokens[0].cpu().double().numpy(), grid, after_layers
 
 
 def _native_size(model: nn.Module) -> Any:
-    """The size of the images that the model is made for, where it says so."""
+    """The image size that the model is built for; None if it names none."""
     preprocessing = getattr(model, "preprocessing", None)
-    places = (model, "config", "image_size"), (model, "patch_embed", "img_size")
-    sizes = [getattr(getattr(owner, part, None), name, None) for owner, part, name in places]
-    return next((s for s in (*sizes, getattr(model, "image_size", None), getattr(preprocessing, "size", None)) if s), None)
+    sizes = (
+        getattr(getattr(model, "config", None), "image_size", None),  # transformers
+        getattr(getattr(model, "patch_embed", None), "img_size", None),  # timm
+        getattr(model, "image_size", None),  # torchvision
+        getattr(preprocessing, "size", None),
+    )
+    return next((size for size in sizes if size), None)
 
 
 def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, int] | None:
-    """The entries of the patches, with rows and columns of their grid; None if there is no such table."""
-    if callable(table := getattr(model, "position_table", None)):  # our own
+    """The table's entries for patches, with the rows and columns of their grid; None if there is no table."""
+    if callable(table := getattr(model, "position_table", None)):  # our own models
         return cast("tuple[Tensor, int, int] | None", table())
     names = ("pos_embed", "position_embeddings", "pos_embedding", "position_embedding.weight", "positional_embedding")
     tables = [parameter for name, parameter in model.named_parameters() if name.endswith(names)]
@@ -183,48 +279,11 @@ def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, 
     patch_size = read_patch_size(model)
     rows, cols = (length // patch for length, patch in zip(as_pair(size, "image_size"), patch_size, strict=True))
     flat = [table.reshape(-1, table.shape[-1]) for table in tables]
-    # Of several tables (one of a text tower, say) the one with min_batch_size entries beyond those of the patches.
+    # There may be several tables, such as that of a text tower: take the one with the fewest entries beyond the patches.
     table = min(flat, key=lambda table: (len(table) < rows * cols, abs(len(table) - rows * cols)))
-    if not 0 <= len(table) - rows * cols <= _MOST_PREFIX:
+    if not 0 <= len(table) - rows * cols <= _MAX_PREFIX_ENTRIES:
         raise InputError(
             f"the position table of {type(model).__name__} has {len(table)} entries, which does not fit {rows} x {cols} "
             "patches; pass image_size= (and after_layers=) to compare the tokens of a constant image instead"
         )
     return table[len(table) - rows * cols :], rows, cols
-
-
-def patches_apart(rows: int, cols: int) -> Float[np.ndarray, "patch patch"]:
-    """How far the centres of any two patches of a grid lie apart, counted in patches; patches row by row."""
-    places = np.indices((rows, cols)).reshape(2, -1).T
-    return np.asarray(np.linalg.norm(places[:, None] - places[None], axis=-1))
-
-
-def position_nearness(similarity: Float[np.ndarray, "row col row col"]) -> float:
-    """Correlation (Pearson) of the similarity of two patches' positions with how far they lie apart.
-
-    Over all pairs of different patches, distances between their centres counted in patches. Below 0 where near patches are
-    more alike than distant ones, 0 where positions tell nothing of nearness, -1 only where similarity falls along a straight
-    line. The ViT paper shows maps and gives no number; this one is a definition of this package.
-
-    Args:
-        similarity: As `position_similarity` gives it.
-
-    Raises:
-        InputError: If the shape is another, or no two pairs differ in similarity or in distance.
-
-    References:
-        Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5, figure 7 (centre) and figure 10, for the maps.
-    """
-    values = np.asarray(similarity, dtype=np.float64)
-    if values.ndim != 4 or values.shape[:2] != values.shape[2:]:
-        raise InputError(f"similarity has shape {values.shape}; it must be (row, col, row, col), the same grid twice")
-    rows, cols = values.shape[:2]
-    pairs = ~np.eye(rows * cols, dtype=bool)
-    apart = patches_apart(rows, cols)[pairs]
-    alike = values.reshape(rows * cols, -1)[pairs]
-    if not (len(apart) and np.ptp(apart) > 0 and np.ptp(alike) > 0):
-        raise InputError(
-            f"all pairs of the {rows} x {cols} patches are equally far apart or equally alike; "
-            "a correlation needs pairs that differ in both"
-        )
-    return float(np.corrcoef(apart, alike)[0, 1])

@@ -1,4 +1,4 @@
-"""Receptive field: how wide a part of the image a unit of a convolutional network sees."""
+"""Receptive field: the part of the image that a unit of a convolutional network sees."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ class SlidingLayer:
     """A layer that slides a square window over its input: a convolution, or a pooling.
 
     Args:
-        name: What it is called in tables.
-        kernel: Positions in a row of the window.
-        stride: Positions of the input from one window to the next.
-        dilation: Positions of the input from one position in the window to the next.
+        name: Name in tables.
+        kernel: Side of the window.
+        stride: Step from one window to the next, in positions of the input.
+        dilation: Step from one position of the window to the next, in positions of the input.
         pooling: Whether it is a pooling, which does not count as a convolution in the depth of a network.
 
     Raises:
-        InputError: If kernel, stride or dilation is no whole number of at least 1.
+        InputError: If kernel, stride or dilation is not a whole number of at least 1.
+
+    Examples:
+        >>> SlidingLayer("conv1", 7, stride=2).dilation
+        1
     """
 
     name: str
@@ -52,15 +56,16 @@ class ReceptiveFieldResult(Result):
     """Receptive fields of the units of each layer of a network, far from the image's border.
 
     Args:
-        network: What the network is called.
-        names: Of the layers, from the image on.
-        depth: (layer), convolutions so far, this layer included; a pooling is none.
-        receptive_field: (layer), pixels from the first to the last, both included, that a unit sees along an axis.
+        network: Name of the network.
+        names: Names of the layers, from the image on.
+        depth: (layer), number of convolutions up to and including this layer; poolings do not count.
+        receptive_field: (layer), width of the field along an axis in pixels, from the first to the last that a unit sees.
         stride: (layer), pixels from one unit to the next.
-        mean_distance: (layer), pixels from the centre of the field to what a unit sees, on average, if each kernel weights all
-            of its positions alike.
+        mean_distance: (layer), mean distance in pixels from the centre of the field to the pixels that a unit sees, if all
+            kernels are uniform.
     """
 
+    measure: str = "receptive_field"
     network: str
     names: list[str]
     depth: Int[np.ndarray, "layer"]
@@ -70,13 +75,17 @@ class ReceptiveFieldResult(Result):
 
     @property
     def reach(self) -> Float[np.ndarray, "layer"]:
-        """(layer), pixels from the centre of the field to the centre of the last pixel on each side; sqrt(2) times as far lie
-        the pixels in its corners, and farther nothing that a unit sees."""
+        """(layer), pixels from the centre of the field to the centre of the last pixel on each side.
+
+        The pixels in the corners, the farthest that a unit sees, lie sqrt(2) times as far away.
+        """
         return (self.receptive_field - 1) / 2
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer: network, layer, name, depth, receptive_field, reach, stride, mean_distance (all in pixels but
-        depth, which is in convolutions)."""
+        """One row per layer: network, layer, name, depth, receptive_field, reach, stride, mean_distance.
+
+        The depth is in convolutions, the last four columns are in pixels.
+        """
         return pd.DataFrame(
             {
                 "network": self.network,
@@ -91,46 +100,50 @@ class ReceptiveFieldResult(Result):
         )
 
     def summary(self) -> pd.DataFrame:
-        """One row for the last layer at each stride."""
+        """One row per stride, for the last layer that has it."""
         columns = {"name": "layer", "receptive_field": "receptive field (px)", "reach": "to each side", "stride": "stride"}
         last = self.to_dataframe().groupby("stride").tail(1)
         return last[list(columns)].rename(columns=columns).reset_index(drop=True)
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
-        """Half of the receptive field against depth."""
+        """Draw half the receptive field against depth."""
         from vit_probe.plots.receptive_field import plot_receptive_field
 
         return plot_receptive_field(self.to_dataframe(), ax=ax)
 
 
 def receptive_field(layers: Sequence[SlidingLayer], *, network: str = "network") -> ReceptiveFieldResult:
-    """The pixels that a unit of each layer sees, along one axis of the image.
+    """Compute how many pixels a unit of each layer sees along one axis of the image.
 
-    With kernel k, stride s and dilation d of layer l, the receptive field is r_l = r_(l-1) + (k_l - 1) d_l j_(l-1) pixels and
-    the units lie j_l = j_(l-1) s_l pixels apart, from r_0 = j_0 = 1 on. Between the first pixel and the last there are some
-    that a unit does not see where windows leave gaps (dilation, or a kernel smaller than its stride). Padding changes nothing
-    far from the border, and layers of one position (normalisation, activation) change nothing anywhere. Where a network
-    branches, `layers` are those of the widest path, to which the other branches add no pixel.
+    With kernel k, stride s and dilation d of layer l, the receptive field is r_l = r_(l-1) + (k_l - 1) d_l j_(l-1) pixels wide,
+    and neighbouring units are j_l = j_(l-1) s_l pixels apart, starting from r_0 = j_0 = 1. If windows leave gaps (dilation, or
+    a kernel smaller than its stride), a unit does not see all pixels between the first and the last. Padding has no effect far
+    from the border, and layers that act on single positions (normalisation, activation) have none at all. If a network
+    branches, `layers` must be those of the path with the widest field, to which the other branches add no pixel.
 
-    A receptive field is all that a unit can see; what counts for it is less. `mean_distance` measures that as attention
-    distance does for a head: it is the mean over pixels of the Euclidean distance from the centre of the field, weighted by
-    the unit's gradient in a network of even kernels without activations, where poolings take the mean. These weights
-    approach a normal distribution, whose width grows with the square root of depth only.
+    A receptive field is everything that a unit can see, but most of the effect comes from less. `mean_distance` measures this
+    in the same way as attention distance does for a head: it is the mean distance of pixels from the centre of the field,
+    weighted by the unit's gradient in a network with uniform kernels, average pooling and no activations. These weights
+    approach a normal distribution, whose width grows only with the square root of depth.
 
     Args:
-        layers: From the image on.
-        network: What the network is called in tables and figures.
+        layers: The layers, from the image on.
+        network: Name of the network in tables and figures.
 
     Raises:
         InputError: If there are no layers.
 
+    Examples:
+        >>> receptive_field(plain_stack(3)).receptive_field.tolist()
+        [3, 5, 7]
+
     References:
         Araujo, Norris & Sim 2019, Computing Receptive Fields of Convolutional Neural Networks, Distill,
         doi:10.23915/distill.00021, for the receptive field;
-        Luo et al. 2016, arXiv:1701.04128, section 2, for the weights of even kernels.
+        Luo et al. 2016, arXiv:1701.04128, section 2, for the weights with uniform kernels.
     """
     if not layers:
-        raise InputError("a receptive field takes at least one layer; pass SlidingLayer(name, kernel, stride), ...")
+        raise InputError("there are no layers; pass at least one SlidingLayer(name, kernel, stride)")
     width, stride, depth, weights = 1, 1, 0, np.ones(1)
     rows = []
     for layer in layers:
@@ -158,13 +171,20 @@ def receptive_field(layers: Sequence[SlidingLayer], *, network: str = "network")
 
 
 def _mean_distance(weights: Float[np.ndarray, "pixel"]) -> float:
-    """Mean distance from the centre, of pixels whose weight is the product of those of their row and of their column."""
+    """Mean distance of pixels from the centre, if the weight of a pixel is the product of those of its row and its column."""
     places = np.arange(len(weights)) - (len(weights) - 1) / 2
     return float(weights @ np.hypot(places[:, None], places[None, :]) @ weights)
 
 
 def plain_stack(depth: int, kernel: int = 3) -> tuple[SlidingLayer, ...]:
-    """So many convolutions of one size, without stride or pooling: a receptive field of 1 + depth (kernel - 1) pixels."""
+    """A stack of `depth` convolutions of one size, without stride or pooling.
+
+    Its receptive field is 1 + depth (kernel - 1) pixels wide.
+
+    Examples:
+        >>> [layer.name for layer in plain_stack(2)]
+        ['conv1', 'conv2']
+    """
     return tuple(SlidingLayer(f"conv{index + 1}", kernel) for index in range(depth))
 
 
@@ -188,7 +208,7 @@ def _vgg16() -> tuple[SlidingLayer, ...]:
 
 
 def _resnet50(halving: Literal[1, 3]) -> tuple[SlidingLayer, ...]:
-    """The residual branches one after the other; the convolution with a kernel of `halving` halves a stage's resolution."""
+    """All residual branches in sequence; the convolution with kernel size `halving` halves the resolution of a stage."""
     layers = [SlidingLayer("conv1", 7, 2), SlidingLayer("pool1", 3, 2, pooling=True)]
     for stage, blocks in enumerate((3, 4, 6, 3), start=2):
         for block in range(1, blocks + 1):
@@ -204,12 +224,12 @@ def _resnet50(halving: Literal[1, 3]) -> tuple[SlidingLayer, ...]:
 ARCHITECTURES: Mapping[str, tuple[SlidingLayer, ...]] = MappingProxyType(
     {"AlexNet": _alexnet(), "VGG-16": _vgg16(), "ResNet-50": _resnet50(3), "ResNet-50 v1": _resnet50(1)}
 )
-"""Convolutions and poolings of known networks, on the widest path from the image to the last map. What follows that, a global
-pooling or the classifier, sees everything.
+"""Convolutions and poolings of known networks, on the widest path from the image to the last feature map. What follows, a
+global pooling or the classifier, sees the whole image.
 
-AlexNet: Krizhevsky, Sutskever & Hinton 2012; torchvision's, of arXiv:1404.5997, has the same kernels and strides. VGG-16:
-Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D. ResNet-50: He et al. 2015, arXiv:1512.03385, table 1, the path
-through all residual branches (shortcuts see less). The 3 x 3 convolution of a stage's first block halves its resolution, as in
-torchvision ("v1.5") and in the hybrids of the ViT paper; in "ResNet-50 v1", as its weights were published, the first 1 x 1
-convolution does.
+AlexNet: Krizhevsky, Sutskever & Hinton 2012; torchvision's version, from arXiv:1404.5997, has the same kernels and strides.
+VGG-16: Simonyan & Zisserman 2014, arXiv:1409.1556, configuration D. ResNet-50: He et al. 2015, arXiv:1512.03385, table 1, the
+path through all residual branches (shortcuts see less). In the first block of a stage, the 3 x 3 convolution halves the
+resolution, as in torchvision ("v1.5") and in the hybrids of the ViT paper; in "ResNet-50 v1", the version whose weights were
+published, the first 1 x 1 convolution does.
 """

@@ -1,4 +1,4 @@
-"""Attention rollout: how much of each patch reaches the class token, through all layers."""
+"""Attention rollout: how much of each patch reaches the class token through all layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from vit_probe.attention.tiles import AttentionInputs, AttentionTile
-from vit_probe.data.preprocessing import Preprocessing
-from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
-from vit_probe.measures.base.per_image import SHOWN_IMAGES, PerImageMaps
+from vit_probe.measures.base.per_image import PerImageMaps
+from vit_probe.measures.base.registry import streaming_measure
+from vit_probe.measures.map_statistics import map_correlation
 from vit_probe.measures.rollout_algorithms import (
     Algorithm,
     FusedMaps,
@@ -25,7 +24,7 @@ from vit_probe.measures.rollout_algorithms import (
     RolloutAlgorithm,
     cheapest_algorithm,
 )
-from vit_probe.results import Result
+from vit_probe.results import KeyNumber, Result
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid, Windows
 
@@ -37,20 +36,21 @@ __all__ = ["AttentionRollout", "AttentionRolloutResult", "HeadFusion", "attentio
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AttentionRolloutResult(Result):
-    """A rollout map of every image.
+    """The rollout map of each image.
 
     Args:
-        maps: (image, row, col), the rollout of the class token (or the mean over patches where there is none) onto the
-            patches; not rescaled: what is missing to a sum of 1 went to prefix tokens.
+        maps: (image, row, col), the rollout from the class token to the patches; in models without a class token, the mean of
+            the rollouts from all patches. Not rescaled: the remainder to a sum of 1 went to prefix tokens.
         images: uint8 (image, height, width, channel), the first 64 images as the model saw them; None if their preprocessing
             is unknown.
         names: Name of each image.
-        head_fusion: How the heads of a layer became one.
-        discard_ratio: Part of each layer's entries set to zero.
-        algorithm: How it was computed, which changes nothing but rounding (and which of nearly equal entries are set to zero); see
-            `attention_rollout`.
+        head_fusion: How the heads of each layer were combined.
+        discard_ratio: Fraction of each layer's entries that were set to zero.
+        algorithm: How the rollout was computed, see `attention_rollout`. It affects only rounding (and which of nearly equal
+            entries are set to zero).
     """
 
+    measure: str = "rollout"
     maps: np.ndarray
     images: np.ndarray | None
     names: list[str]
@@ -59,75 +59,90 @@ class AttentionRolloutResult(Result):
     algorithm: Algorithm
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a patch of an image: image, name, row, col, rollout."""
+        """One row per image and patch: image, name, row, col, rollout."""
         image, row, col = (index.ravel() for index in np.indices(self.maps.shape))
         name = np.asarray(self.names, dtype=object)[image]
         return pd.DataFrame({"image": image, "name": name, "row": row, "col": col, "rollout": self.maps.ravel()})
 
     def summary(self) -> pd.DataFrame:
-        """One row for each of the first eight images: how much reached its patches in all, and the patch with most."""
+        """One row for each of the first eight images: the sum over its patches, and the patch with the largest value."""
         rows, cols = np.unravel_index(self.maps.reshape(len(self.maps), -1).argmax(axis=1), self.maps.shape[1:])
         frame = pd.DataFrame(
             {"image": self.names, "on patches": self.maps.sum(axis=(1, 2)), "peak row": rows, "peak col": cols}
         )
         return frame.head(8)
 
+    def key_numbers(self) -> list[KeyNumber]:
+        """The ratio of a map's largest value to its mean (1 if all patches have the same value), median over images; and the
+        correlation over patches between the maps of two images, median over pairs of images.
+        """
+        maps = self.maps.astype(np.float64)
+        first, second = np.triu_indices(len(maps), 1)
+        return [
+            ("largest over mean", "", float(np.median(maps.max(axis=(1, 2)) / maps.mean(axis=(1, 2))))),
+            ("correlation of images", "", float(pd.Series(map_correlation(maps[first], maps[second])).median())),
+        ]
+
+    @property
+    def panel_title(self) -> str:
+        """Title of the result's panel in the overview."""
+        return "Rollout\n(input, attention)"
+
+    def plot_panel(self, *, ax: Axes) -> Axes:
+        """Draw the first two images."""
+        return self.plot(ax=ax, count=2)
+
     def plot(self, *, ax: Axes | None = None, kind: Literal["pairs", "heatmap"] = "pairs", count: int = 8) -> Axes:
-        """The first `count` images beside their attention: over black as in the ViT paper, or as a heat map."""
+        """Draw each image beside its rollout.
+
+        Args:
+            ax: Where to draw; a new figure if None.
+            kind: `pairs` darkens the image where there is little attention, as in the ViT paper; `heatmap` draws a heat map.
+            count: How many images to draw, from the first.
+        """
         from vit_probe.plots import plot_rollout
 
         return plot_rollout(self.maps[:count], None if self.images is None else self.images[:count], kind=kind, ax=ax)
 
 
+@streaming_measure(result=AttentionRolloutResult, name="rollout", command="rollout", shows_images=True)
 def attention_rollout(
-    model: nn.Module,
-    images: Images,
-    *,
-    head_fusion: HeadFusion = "mean",
-    discard_ratio: float = 0.0,
-    grid: TokenGrid | None = None,
-    preprocessing: Preprocessing | None = None,
-    batch_size: int = 16,
-    device: str = "auto",
-) -> AttentionRolloutResult:
-    """How attention carries each patch to the class token through all layers.
+    run: AttentionRun, *, head_fusion: Literal["mean", "max", "min"] = "mean", discard_ratio: float = 0.0
+) -> AttentionRollout:
+    """How attention carries information from each patch to the class token through all layers.
 
-    Per layer A = 0.5 F + 0.5 I, F the mean over heads, each row divided by its sum; R = A_L ... A_1; the class token's row of
-    R over the patches. Where there is no class token, the mean of the patches' rows. Every image is computed by itself,
-    whatever its batch.
+    For each layer, A = 0.5 F + 0.5 I, where F is the mean over heads, and each row of A is divided by its sum. The rollout is
+    R = A_L ... A_1; the result is the class token's row of R, restricted to the patches. In models without a class token it is
+    the mean of the patches' rows. Each image is computed separately, so the batches do not matter.
 
-    With few tokens the product is formed while the model runs (the result's `algorithm` is `product`). Where there are more than 3/4
-    as many tokens as the model is wide, each layer's A is kept, and the class token's row goes back through them at the end
-    (`maps`). Where there are more than 4 times as many, only queries and keys are kept, and A is made again tile by tile
-    (`recomputed`; for `max`, `min` and discarding one whole A at a time); not where attention has a bias. What is
-    kept is kept for each image of a batch: a smaller `batch_size` takes less memory.
+    The algorithm depends on the number of tokens; the result's `algorithm` names it. With few tokens, the product is formed
+    while the model runs (`product`). If the number of tokens exceeds 3/4 of the model's width, A is kept for each layer, and
+    the class token's row is multiplied by these matrices at the end, from the last layer to the first (`maps`). If it exceeds
+    4 times the width, only queries and keys are kept, and A is recomputed tile by tile (`recomputed`; with `max`, `min` or
+    discarding, one whole A at a time), except where attention has a bias. Memory grows with the number of images in a batch:
+    a smaller `batch_size` needs less.
 
     Args:
-        model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
-        images: Photographs, paths, a preprocessed tensor (batch, channel, height, width), or an iterable of such batches.
-        head_fusion: `mean` is the paper's; `max` and `min` are the additions of the program vit-explain.
-        discard_ratio: In [0, 1), also vit-explain's addition, 0 in the paper: of the entries of F, per image and layer, those
-            outside the class token's column, this part is set to zero, the smallest first, before I is added and rows are
-            normalised.
-        grid: Where the patches lie; read from the model if None.
-        preprocessing: How photographs are prepared; the model's own if None.
-        batch_size: Images a forward pass.
-        device: Where to run: `auto`, `cpu`, `cuda`, `mps`.
+        head_fusion: How the heads of a layer are combined. `mean` is the paper's choice; `max` and `min` come from the program
+            vit-explain.
+        discard_ratio: In [0, 1); 0 in the paper, and also from vit-explain. The fraction of the entries of F that are set to
+            zero, smallest first, before I is added and rows are normalised; separately for each image and layer, and without
+            the class token's column.
 
     Raises:
-        InputError: If an option is unknown, the images cannot be used, the grid does not fit the attention, or no attention
-        is seen.
+        InputError: If an option is invalid, the model attends within windows, the images cannot be used, the grid does not fit
+            the attention, or no attention is seen.
 
     References:
         Abnar & Zuidema 2020, arXiv:2005.00928, section 3; Dosovitskiy et al. 2021, arXiv:2010.11929, figure 6 and appendix D.8.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe import attention_rollout, load_model
+        >>> attention_rollout(load_model("demo"), torch.zeros(1, 3, 64, 64)).maps.shape
+        (1, 8, 8)
     """
-    run = AttentionRun(
-        model, images, grid=grid, preprocessing=preprocessing, batch_size=batch_size, device=device, keep_images=SHOWN_IMAGES
-    )
-    measure = AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
-    run.observe(measure)
-    provenance = run.provenance(measure.options)
-    return measure.compute(provenance, names=run.images.names, images=run.images.kept())
+    return AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
 
 
 class AttentionRollout(PerImageMaps):
@@ -137,12 +152,23 @@ class AttentionRollout(PerImageMaps):
         grid: Where the patches lie.
         head_fusion: See `attention_rollout`.
         discard_ratio: See `attention_rollout`.
-        windows: The layers whose attention is not over all the tokens of `grid`, for which there is no rollout.
+        windows: The layers whose attention does not cover all tokens of `grid`; must be empty or None, since rollout is not
+            defined for them.
 
     Raises:
-        InputError: If an option is unknown, or there are such layers.
+        InputError: If an option is invalid, or `windows` names any layer.
+
+    Examples:
+        >>> import torch
+        >>> from vit_probe import load_model
+        >>> run = AttentionRun(load_model("demo"), torch.zeros(1, 3, 64, 64))
+        >>> measure = AttentionRollout(run.grid, head_fusion="max")
+        >>> run.observe(measure)
+        >>> measure.compute().maps.shape
+        (1, 8, 8)
     """
 
+    name = "rollout"
     display_name = "rollouts"
 
     def __init__(
@@ -160,14 +186,14 @@ class AttentionRollout(PerImageMaps):
             raise InputError(f"discard_ratio must lie in [0, 1), got {discard_ratio}")
         if windows:
             raise InputError(
-                f"rollout follows attention over all tokens from layer to layer, but {len(windows)} layers of this model (the "
-                f"first is layer {min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
+                f"rollout needs attention over all tokens in every layer, but {len(windows)} layers of this model (the first "
+                f"is layer {min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
             )
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio
-        self._depths: set[int] = set()  # layers of the batches so far; there must be but one number
+        self._depths: set[int] = set()  # how many layers images went through; `compute` requires a single number
         self._algorithm: Algorithm = "product"
-        self._batch: RolloutAlgorithm = Product()  # the current one
+        self._batch: RolloutAlgorithm = Product()  # of the current batch
         self._fused = self._fuse()
 
     @property
@@ -175,7 +201,7 @@ class AttentionRollout(PerImageMaps):
         return {"head_fusion": self.head_fusion, "discard_ratio": self.discard_ratio}
 
     def begin_layer(self, inputs: AttentionInputs) -> bool:
-        """Told of a layer before its tiles; whether they are needed."""
+        """Take a layer's queries and keys, and return whether its tiles are needed."""
         self.grid.check_tokens(inputs.key.shape[-2])
         if inputs.layer == 0:
             self._finish_batch()
@@ -184,7 +210,7 @@ class AttentionRollout(PerImageMaps):
         return self._batch.begin_layer(inputs)
 
     def update(self, tile: AttentionTile) -> None:
-        """Adds a tile. Once its images have all their queries, their rollout moves on by a layer."""
+        """Add a tile. Once all queries of its images have come, their rollout advances by one layer."""
         self.grid.check_tokens(tile.num_tokens)
         if tile.layer == tile.images.start == tile.queries.start == tile.heads.start == 0:
             self._finish_batch()
@@ -193,29 +219,29 @@ class AttentionRollout(PerImageMaps):
             self._batch.add(tile.images, fused)
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        """Forget everything since `begin_batch`, even if the batch has ended."""
         super().roll_back()
         self._batch, self._fused = Product(), self._fuse()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
+        """What `restore` needs to continue from here: arrays and JSON-serialisable values."""
         return super().state() | {"depths": sorted(self._depths), "algorithm": self._algorithm}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to where `state` was taken, of a measure with the same grid and options."""
+        """Return to a `state` of a measure with the same grid and options."""
         super().restore(state)
         self._depths = set(state["depths"])
         self._algorithm = state["algorithm"]
 
     def merge(self, other: Self) -> None:
-        """Appends the maps of `other`.
+        """Append the maps of `other`.
 
         Raises:
-            InputError: If `other` has another grid or other options.
+            InputError: If `other` has a different grid or different options.
         """
         super().merge(other)
         self._depths |= other._depths
-        if len(self._maps) == len(other._maps):  # it had none of its own
+        if len(self._maps) == len(other._maps):  # this measure was empty, so its algorithm is only the default
             self._algorithm = other._algorithm
 
     def compute(
@@ -244,11 +270,11 @@ class AttentionRollout(PerImageMaps):
         if not batch.reached:
             return
         first = self.grid.num_prefix_tokens
-        asks = slice(0, 1) if self.grid.has_cls_token else slice(first, None)
+        queries = slice(0, 1) if self.grid.has_cls_token else slice(first, None)
         weights = torch.zeros(self.grid.num_tokens)
-        weights[asks] = 1 / len(weights[asks])
+        weights[queries] = 1 / len(weights[queries])
         with torch.no_grad():
             rows = [row[first:].float().cpu() for row in batch.rows(weights)]
         self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).numpy())
         self._depths |= set(batch.reached)
-        self._batch = Product()  # not before: what failed for lack of memory can be tried again
+        self._batch = Product()  # only now, so that a failure for lack of memory above can be retried

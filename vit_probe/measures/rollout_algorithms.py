@@ -1,4 +1,4 @@
-"""Three ways to the same row of a rollout, of which the cheapest depends on the number of tokens."""
+"""Three algorithms for the same row of a rollout; which one is cheapest depends on the number of tokens."""
 
 from __future__ import annotations
 
@@ -17,87 +17,102 @@ __all__ = ["Algorithm", "FusedMaps", "HeadFusion", "Product", "RightToLeft", "ch
 
 HeadFusion = Literal["mean", "max", "min"]
 Algorithm = Literal["product", "maps", "recomputed"]
-"""`product`: layer by layer, the product of all matrices so far. `maps`: each layer's matrix is kept, and at the end the class
-token's row goes back through them. `recomputed`: only queries and keys are kept, and the matrices made again tile by tile."""
+"""`product`: keep the product of all layers' matrices so far. `maps`: keep each layer's matrix, and at the end multiply the
+class token's row by them from the last layer to the first. `recomputed`: keep only queries and keys, and recompute the matrices
+tile by tile at the end."""
 
-_PRODUCT = 0.75
-_MAPS = 4.0
+# Largest number of tokens for which each algorithm is chosen, relative to the model's width.
+_PRODUCT_LIMIT = 0.75
+_MAPS_LIMIT = 4.0
 
 
 def cheapest_algorithm(inputs: AttentionInputs) -> Algorithm:
-    """Chooses by the number of tokens N and the width of the queries D.
+    """Choose an algorithm by the number of tokens N and the width D of the queries, all heads together.
 
-    A product of N x N matrices has N^2 / (12 D^2 + 2 N D) of the operations of a usual layer (4 % where N = 3/4 D), and only
-    one matrix is held. A matrix of each layer costs no time, but has N / 2 D times the size of the layer's queries and keys,
-    which take about half of the layer's attention again.
+    `product` multiplies N x N matrices, which takes N^2 / (12 D^2 + 2 N D) of the operations of a standard layer (4 % at
+    N = 3/4 D), and holds only one matrix. `maps` costs no time, but N / 2 D times the memory of the layer's queries and keys.
+    `recomputed` takes about half of the time of the layer's attention again.
+
+    Examples:
+        >>> query = key = torch.empty(1, 6, 197, 64, device="meta")  # ViT-S/16
+        >>> cheapest_algorithm(AttentionInputs(0, "blocks.0.attn", query, key, bias=None, scale=0.125))
+        'product'
     """
     _, heads, tokens, dim = inputs.query.shape
-    if tokens <= _PRODUCT * heads * dim:
+    if tokens <= _PRODUCT_LIMIT * heads * dim:
         return "product"
-    return "maps" if tokens <= _MAPS * heads * dim or inputs.bias is not None else "recomputed"
+    return "maps" if tokens <= _MAPS_LIMIT * heads * dim or inputs.bias is not None else "recomputed"
 
 
 class FusedMaps:
-    """Each layer's attention with its heads made one, put together from tiles.
+    """Each layer's attention maps with the heads combined, assembled from tiles.
 
     Args:
-        head_fusion: How.
-        discard_ratio: Part of each image's entries that is then set to zero, the smallest first.
-        protected: Columns, from the first, that are neither counted nor set to zero.
+        head_fusion: How the heads are combined.
+        discard_ratio: Fraction of each image's entries that are then set to zero, smallest first.
+        num_protected: Number of columns, from the first, that are neither counted nor set to zero.
+
+    Examples:
+        >>> maps = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).expand(1, 3, 2, 2)  # image, head, query, key
+        >>> all_of = {"images": slice(0, 1), "heads": slice(0, 3), "queries": slice(0, 2)}
+        >>> tile = AttentionTile(0, "blocks.0.attn", **all_of, num_heads=3, num_tokens=2, probabilities=maps)
+        >>> FusedMaps("max", discard_ratio=0.5, num_protected=0).add(tile)
+        tensor([[[0.9000, 0.0000],
+                 [0.0000, 0.6000]]])
     """
 
-    def __init__(self, head_fusion: HeadFusion, discard_ratio: float, protected: int) -> None:
+    def __init__(self, head_fusion: HeadFusion, discard_ratio: float, num_protected: int) -> None:
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio
-        self._protected = protected
+        self._num_protected = num_protected
         self._fused: Tensor | None = None
 
     def add(self, tile: AttentionTile) -> Float[Tensor, "image query key"] | None:
-        """The maps of the images that the tile completes; None if it completes none."""
+        """Add a tile, and return the maps of the images that it completes; None if it completes none."""
         if tile.queries.start == tile.heads.start == 0:
             self._fused = tile.probabilities.new_empty(len(tile.probabilities), tile.num_tokens, tile.num_tokens)
         assert self._fused is not None
         rows = self._fused[:, tile.queries]
         if self.head_fusion == "mean":
-            part = tile.probabilities.sum(dim=1).div_(tile.num_heads)
-            rows.copy_(part) if tile.heads.start == 0 else rows.add_(part)
+            fused_heads = tile.probabilities.sum(dim=1).div_(tile.num_heads)
+            rows.copy_(fused_heads) if tile.heads.start == 0 else rows.add_(fused_heads)
         else:
-            part = tile.probabilities.amax(dim=1) if self.head_fusion == "max" else tile.probabilities.amin(dim=1)
-            larger = torch.maximum if self.head_fusion == "max" else torch.minimum
-            rows.copy_(part if tile.heads.start == 0 else larger(rows, part))
+            fused_heads = tile.probabilities.amax(dim=1) if self.head_fusion == "max" else tile.probabilities.amin(dim=1)
+            combine = torch.maximum if self.head_fusion == "max" else torch.minimum
+            rows.copy_(fused_heads if tile.heads.start == 0 else combine(rows, fused_heads))
         if tile.queries.stop < tile.num_tokens or tile.heads.stop < tile.num_heads:
             return None
         fused, self._fused = self._fused, None
         if self.discard_ratio:
-            _discard(fused, self.discard_ratio, protected=self._protected)
+            _discard(fused, self.discard_ratio, num_protected=self._num_protected)
         return fused
 
 
 class RolloutAlgorithm(Protocol):
-    """What goes on between the first layer of a batch and the last.
+    """How the rollout of one batch is computed while its layers arrive.
 
     Attributes:
-        reached: How many layers each image has gone through.
+        reached: Number of layers that each image has gone through.
     """
 
     @property
     def reached(self) -> list[int]: ...
 
     def begin_layer(self, inputs: AttentionInputs) -> bool:
-        """Told of each layer; whether its maps are needed."""
+        """Take a layer's queries and keys, and return whether its maps are needed."""
         ...
 
     def add(self, images: slice, fused: Float[Tensor, "image query key"]) -> None:
-        """Given the maps of some images, layer by layer."""
+        """Add the fused maps of some images, layer by layer."""
         ...
 
     def rows(self, weights: Float[Tensor, "token"]) -> list[Float[Tensor, "token"]]:
-        """`weights` times the rollout of each image."""
+        """`weights`, as a row vector, times the rollout of each image."""
         ...
 
 
 class Product:
-    """Holds the product of all layers so far, a matrix an image."""
+    """The product of all layers so far, one matrix per image."""
 
     def __init__(self) -> None:
         self._rollouts: list[Tensor] = []
@@ -107,33 +122,35 @@ class Product:
         return True
 
     def add(self, images: slice, fused: Float[Tensor, "image query key"]) -> None:
-        # A = (F + I) / (row sum of F, + 1), so A R = (F R + R) / (row sum of F, + 1).
+        # With s the row sums of F, A = (F + I) / (s + 1), so A R = (F R + R) / (s + 1).
         row_sums = fused.sum(dim=-1, keepdim=True) + 1
         if images.start == len(self._rollouts):
             fused.diagonal(dim1=1, dim2=2).add_(1)
             self._rollouts += fused.div_(row_sums).unbind()
             self.reached += [1] * len(fused)
             return
-        before = torch.stack(self._rollouts[images])
-        self._rollouts[images] = torch.baddbmm(before, fused, before).div_(row_sums).unbind()
+        rollouts = torch.stack(self._rollouts[images])
+        self._rollouts[images] = torch.baddbmm(rollouts, fused, rollouts).div_(row_sums).unbind()
         self.reached[images] = [reached + 1 for reached in self.reached[images]]
 
     def rows(self, weights: Float[Tensor, "token"]) -> list[Float[Tensor, "token"]]:
-        with torch.autocast(self._rollouts[0].device.type, enabled=False):
+        with torch.autocast(self._rollouts[0].device.type, enabled=False):  # which would multiply in half precision
             return [weights.to(rollout) @ rollout for rollout in self._rollouts]
 
 
 class RightToLeft:
-    """Keeps each layer's maps, or where the way is `recomputed` its queries and keys, and goes back through them at the end.
+    """A row vector times the layers' matrices from the last layer to the first, at the end of the batch.
+
+    Until then it keeps each layer's maps, or its queries and keys if the algorithm is `recomputed`.
 
     Args:
         algorithm: `maps` or `recomputed`.
-        fuse: Makes what puts maps together.
+        new_fused_maps: Returns a new `FusedMaps`.
     """
 
-    def __init__(self, algorithm: Algorithm, fuse: Callable[[], FusedMaps]) -> None:
+    def __init__(self, algorithm: Algorithm, new_fused_maps: Callable[[], FusedMaps]) -> None:
         self._algorithm = algorithm
-        self._fuse = fuse
+        self._new_fused_maps = new_fused_maps
         self._layers: list[AttentionInputs | list[Tensor]] = []
 
     @property
@@ -145,9 +162,9 @@ class RightToLeft:
         if self._algorithm == "maps" or inputs.bias is not None:
             self._layers.append([])
             return True
-        # A copy, as the model's own may be parts of something larger.
-        clone = {name: getattr(inputs, name).clone(memory_format=torch.contiguous_format) for name in ("query", "key")}
-        self._layers.append(replace(inputs, **clone))
+        # A copy, since the model's own may be views that keep a larger tensor alive.
+        copies = {name: getattr(inputs, name).clone(memory_format=torch.contiguous_format) for name in ("query", "key")}
+        self._layers.append(replace(inputs, **copies))
         return False
 
     def add(self, images: slice, fused: Float[Tensor, "image query key"]) -> None:
@@ -165,40 +182,41 @@ class RightToLeft:
                 row = weights.to(device, wide(device))
                 for layer in reversed(self._layers):
                     if isinstance(layer, AttentionInputs):
-                        row = self._through_inputs(row, layer, image, compute)
+                        row = self._propagate_recomputed(row, layer, image, compute)
                     elif image < len(layer):
-                        row = _through_map(row, layer[image])
+                        row = _propagate(row, layer[image])
                 rows.append(row)
         return rows
 
-    def _through_inputs(self, row: Tensor, layer: AttentionInputs, image: int, compute: TiledAttention) -> Tensor:
-        fuse = self._fuse()
-        only = slice(image, image + 1)
-        if fuse.head_fusion != "mean" or fuse.discard_ratio:
-            whole = _Whole(fuse)
-            compute(replace(layer, query=layer.query[only], key=layer.key[only]), None, [whole])
+    def _propagate_recomputed(self, row: Tensor, layer: AttentionInputs, image: int, compute: TiledAttention) -> Tensor:
+        fused_maps = self._new_fused_maps()
+        one_image = slice(image, image + 1)
+        if fused_maps.head_fusion != "mean" or fused_maps.discard_ratio:
+            whole = _WholeMap(fused_maps)
+            compute(replace(layer, query=layer.query[one_image], key=layer.key[one_image]), None, [whole])
             assert whole.fused is not None
-            return _through_map(row, whole.fused[0])
-        asked = row.nonzero()  # of the last layer only the class token's query
-        first, last = int(asked.min()), int(asked.max()) + 1
+            return _propagate(row, whole.fused[0])
+        nonzero = row.nonzero()  # in the last layer, only the class token: the other queries need not be computed
+        first, last = int(nonzero.min()), int(nonzero.max()) + 1
         sums = _WeightedSum(row[first:last])
-        compute(replace(layer, query=layer.query[only, :, first:last], key=layer.key[only]), None, [sums])
+        compute(replace(layer, query=layer.query[one_image, :, first:last], key=layer.key[one_image]), None, [sums])
+        # The mean over heads of softmax weights has rows that sum to 1, so A = (F + I) / 2.
         return (row + sums.total / layer.query.shape[1]) / 2
 
 
-class _Whole:
-    """Keeps the map of the one image that it is shown."""
+class _WholeMap:
+    """Observer that keeps the fused map of a single image."""
 
-    def __init__(self, fuse: FusedMaps) -> None:
-        self._fuse = fuse
+    def __init__(self, fused_maps: FusedMaps) -> None:
+        self._fused_maps = fused_maps
         self.fused: Tensor | None = None
 
     def update(self, tile: AttentionTile) -> None:
-        self.fused = self._fuse.add(tile)
+        self.fused = self._fused_maps.add(tile)
 
 
 class _WeightedSum:
-    """The sum over heads and queries of the one image that it is shown, each query with its weight."""
+    """Observer that sums the attention of a single image over heads and queries, each query times its weight."""
 
     def __init__(self, weights: Float[Tensor, "query"]) -> None:
         self._weights = weights
@@ -210,14 +228,15 @@ class _WeightedSum:
         self.total = self.total + torch.bmm(weights, heads).sum(dim=(0, 1)).to(self._weights)
 
 
-def _through_map(row: Float[Tensor, "token"], fused: Float[Tensor, "query key"]) -> Float[Tensor, "token"]:
+def _propagate(row: Float[Tensor, "token"], fused: Float[Tensor, "query key"]) -> Float[Tensor, "token"]:
+    """`row` times A, the normalised sum of a layer's fused map and the identity."""
     weights = row / (fused.sum(dim=-1) + 1)
     return (weights.to(fused) @ fused).to(row) + weights
 
 
-def _discard(fused: Float[Tensor, "image query key"], ratio: float, *, protected: int) -> None:
-    """Sets the smallest entries outside the first `protected` columns to zero, image by image, in place."""
-    for matrix in fused[:, :, protected:]:
+def _discard(fused: Float[Tensor, "image query key"], ratio: float, *, num_protected: int) -> None:
+    """Set the smallest entries outside the first `num_protected` columns to zero, image by image, in place."""
+    for matrix in fused[:, :, num_protected:]:
         candidates = matrix.reshape(-1)
         count = int(ratio * len(candidates))
         if count:

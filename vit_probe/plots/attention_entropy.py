@@ -9,30 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_probe.plots.layout import check_columns, check_rows
-from vit_probe.plots.per_head import HeadQuantity, dots_against_depth, slim_bar, uniform_by_layer
+from vit_probe.plots.per_head import plot_heads, slim_bar
 from vit_probe.plots.style import drawing_axes, figure_size, style
 
 __all__ = ["plot_attention_entropy", "plot_entropy_and_distance", "plot_entropy_sheet"]
 
-_ENTROPY = HeadQuantity(
-    column="entropy",
-    plural="entropies",
-    mass="prefix_mass",
-    label="Attention entropy (nats)",
-    measure="attention_entropy",
-)
 _JOINT = ("layer", "head", "distance", "uniform_distance", "entropy", "uniform_entropy")
-_BAND = 1.08  # the axes end so much above the largest value
+_BAND = 1.08  # where the axes end, relative to the largest value
 
 
 def plot_attention_entropy(frame: pd.DataFrame, *, ax: Axes | None = None, spread: bool = False) -> Axes:
-    """Draw one dot a head, against depth, with the entropy of uniform attention.
-
-    The entropy is that of a query's attention to all tokens. As in `plot_attention_distance`, a dot is the darker the more of
-    its head's attention goes to patches: a pale one at the bottom is a head that looks at the class token alone.
+    """Draw one dot per head, against depth, with the entropy of uniform attention; see `plot_heads`.
 
     Args:
-        frame: One row a head; columns layer (from 0), head, entropy (nats), std (over images, nats), prefix_mass (in [0, 1]),
+        frame: One row per head; columns layer (from 0), head, entropy (nats), std (over images, nats), prefix_mass (in [0, 1]),
             uniform_entropy (nats), num_images. An entropy of NaN is left out.
         ax: Where to draw; a new figure if None.
         spread: Whether to add error bars of one standard deviation over images, heads set side by side.
@@ -45,19 +35,20 @@ def plot_attention_entropy(frame: pd.DataFrame, *, ax: Axes | None = None, sprea
 
     References:
         Clark et al. 2019, arXiv:1906.04341, figure 4, for a language model.
+
+    Examples:
+        >>> table = pd.DataFrame({"layer": [0, 1], "head": 0, "entropy": [1.0, 2.0], "std": 0.1, "num_images": 8})
+        >>> plot_attention_entropy(table).get_ylabel()
+        'Attention entropy (nats)'
     """
-    uniform = uniform_by_layer(frame, _ENTROPY)
-    patch_mass = 1 - frame["prefix_mass"].to_numpy(dtype=float)
-    with drawing_axes(ax, figure_size("neurips", 0.45)) as axes:
-        dots_against_depth(axes, frame, _ENTROPY, uniform, patch_mass, spread=spread)
-    return axes
+    return plot_heads(frame, column="entropy", label="Attention entropy (nats)", ax=ax, spread=spread)
 
 
 def plot_entropy_and_distance(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw one dot a head: how many tokens it spreads its attention over, against how far away they are.
+    """Draw one dot per head: over how many tokens it spreads its attention, against how far away they are.
 
     Args:
-        frame: One row a head; columns layer (from 0), head, distance and uniform_distance (pixels), entropy and
+        frame: One row per head; columns layer (from 0), head, distance and uniform_distance (pixels), entropy and
             uniform_entropy (nats), as `head_table` gives them.
         ax: Where to draw; a new figure if None.
 
@@ -92,7 +83,7 @@ def plot_entropy_and_distance(frame: pd.DataFrame, *, ax: Axes | None = None) ->
             limit(0, (float(np.nanmax([*values, *far])) or 1.0) * _BAND)
         axes.set_xlabel("Mean attention distance (pixels)")
         axes.set_ylabel("Attention entropy (nats)")
-        axes.legend(loc="upper left", frameon=False, borderpad=0.2)  # few tokens are near, so that no dot lies there
+        axes.legend(loc="upper left", frameon=False, borderpad=0.2)  # few tokens are near a query, so no dot lies there
         slim_bar(axes, dots, "Layer", [first, last] if last > first else [first])
     return axes
 
@@ -101,7 +92,7 @@ def plot_entropy_sheet(frame: pd.DataFrame) -> Figure:
     """Draw the heads' entropies twice, side by side: against depth, and against attention distance.
 
     Args:
-        frame: One row a head, as `head_table` gives them.
+        frame: One row per head, as `head_table` gives them.
 
     Returns:
         A figure of a page's width (6.75 inches); its first two axes are those of `plot_attention_entropy` and

@@ -1,4 +1,4 @@
-"""The pictures of several models side by side: one row a model, one column a measure."""
+"""Plots of several models on one figure: one row per model, one column per measure."""
 
 from __future__ import annotations
 
@@ -12,43 +12,51 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vit_probe.errors import InputError
-from vit_probe.plots.layout import bare, check_columns, check_rows
+from vit_probe.plots.layout import check_columns, check_rows, hide_ticks_and_spines
 from vit_probe.plots.style import OKABE_ITO, WIDTHS, drawing_axes, figure_size, style, text_inches
 
 __all__ = ["Panel", "plot_comparison", "plot_range"]
 
 Panel = Callable[..., Axes]
-"""Draws on the axes that it is given as `ax`."""
+"""Function that draws on the axes that it receives as `ax`."""
 
 _PANEL_INCHES = 1.17  # height of a row of panels
-_TITLE_INCHES = 0.62  # of a block of rows, with the label of the horizontal axis
+_TITLE_INCHES = 0.62  # height of the titles of a block of rows and of the labels of its horizontal axes
 _TITLE_POINTS = 8
-_BAR_INCHES = 0.85  # of a colour bar beside a panel; a longer label is left out
+_BAR_INCHES = 0.85  # length of a colour bar beside a panel; a longer label is left out
 
 
 def plot_comparison(rows: Mapping[str, Mapping[str, Panel]], *, columns: int = 5) -> Figure:
-    """Draw the same measures of several models, so that each column shows one measure on one scale.
+    """Draw the same measures of several models in a grid, with one measure per column on a common scale.
 
-    Graphs of a column have the same vertical axis, and pictures the same colours; pictures go without ticks and without what is
-    written in or above them, and colour bars without labels that are longer than they. Maps of layer against layer, which begin
-    at the lower left, keep the numbers of the first and the last layer. What only some rows have is left out.
+    The graphs of a column share their vertical limits, and its pictures share their colour limits. Pictures are drawn without
+    ticks and texts, and colour bars without labels that are longer than the bar. Maps of layer against layer, whose origin is
+    at the lower left, keep the numbers of the first and last layer. Measures that only some rows have are left out.
 
     Args:
-        rows: By the name of a model, its panels by title (which may have several lines, and names the unit of the vertical
-            axis or of the colours, whose own label is left out).
-        columns: Measures side by side; if there are more, the rest follows below, for all models again.
+        rows: Panels by title, by the name of the model. A title may have several lines, and should state the unit, since the
+            label of the panel's own vertical axis is left out.
+        columns: Number of measures side by side; further measures follow below, again for all models.
 
     Returns:
         A figure of a page's width (6.75 inches). Its axes are, row by row, the name of the row and then its panels.
 
     Raises:
-        InputError: If there is no row or no measure that all rows have, or `columns` is below 1.
+        InputError: If there are no rows, the rows have no measure in common, or `columns` is below 1.
+
+    Examples:
+        >>> from functools import partial
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"layer": [0, 1], "lowest": [1, 2], "median": [2, 4], "highest": [4, 9]})
+        >>> figure = plot_comparison({name: {"Norms": partial(plot_range, table)} for name in ("trained", "random")})
+        >>> [ax.get_title() for ax in figure.axes]  # the name of a row, then its panel; only the first row has titles
+        ['', 'Norms', '', '']
     """
     titles = [title for title in next(iter(rows.values()), {}) if all(title in panels for panels in rows.values())]
     if not titles:
-        raise InputError(f"there is nothing that all of the {len(rows)} rows to be compared have; give each the same panels")
+        raise InputError(f"the {len(rows)} rows to compare have no panel in common; pass the same panels for each model")
     if columns < 1:
-        raise InputError(f"cannot draw measures in {columns} columns; give 1 or more")
+        raise InputError(f"cannot draw measures in {columns} columns; pass 1 or more")
     columns = min(columns, len(titles))
     blocks = math.ceil(len(titles) / columns)
     height = blocks * (len(rows) * _PANEL_INCHES + _TITLE_INCHES)
@@ -88,8 +96,8 @@ def _draw_column(places: list[Axes], title: str, panels: list[Panel]) -> None:
             if axes.images[0].origin == "lower":
                 _number_ends(axes)
             else:
-                _strip(axes)
-    # What has three axes holds colours already.
+                _remove_text(axes)
+    # Pictures with three axes are already colours, and have no colour limits.
     maps = [image for axes in places for image in axes.images if np.asarray(image.get_array()).ndim == 2]
     if maps:
         darkest, brightest = zip(*(image.get_clim() for image in maps), strict=True)
@@ -105,36 +113,43 @@ def _draw_column(places: list[Axes], title: str, panels: list[Panel]) -> None:
     places[0].set_title(title, fontsize=_TITLE_POINTS)
 
 
-def _strip(axes: Axes) -> None:
-    bare(axes)
+def _remove_text(axes: Axes) -> None:
+    hide_ticks_and_spines(axes)
     axes.set_xlabel("")
     for text in tuple(axes.texts):
         text.remove()
 
 
 def _number_ends(axes: Axes) -> None:
-    """Number the first and the last row and column of a picture alone, as there is room for no more."""
+    """Number only the first and last row and column of a picture, as there is no room for more."""
     rows, cols = axes.images[0].get_size()
     axes.set_xticks(sorted({0, cols - 1}))
     axes.set_yticks(sorted({0, rows - 1}))
 
 
 def plot_range(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the median of some values of every layer as a line, and the range from the lowest to the highest as a band.
+    """Draw the median of each layer's values as a line, and the range from lowest to highest as a band.
 
     Args:
-        frame: One row a layer; columns layer (from 0), lowest, median, highest, all above 0, as `token_norms` gives them.
-        ax: Where to draw; a new figure if None.
+        frame: One row per layer; columns layer (from 0), lowest, median and highest, all above 0, as in the table of
+            `token_norms`.
+        ax: Axes to draw on; if None, a new figure.
 
     Returns:
         The axes, whose vertical axis is logarithmic.
 
     Raises:
-        InputError: If columns are missing, or there is no row.
+        InputError: If columns are missing, or the table has no rows.
+
+    Examples:
+        >>> import pandas as pd
+        >>> ax = plot_range(pd.DataFrame({"layer": [0, 1], "lowest": [1, 2], "median": [2, 4], "highest": [4, 9]}))
+        >>> ax.get_yscale()
+        'log'
     """
-    what = "the table of ranges"
-    check_columns(frame, ("layer", "lowest", "median", "highest"), what, "token_norms gives such a table")
-    check_rows(frame, what, "measure at least one layer")
+    display_name = "the table of ranges"
+    check_columns(frame, ("layer", "lowest", "median", "highest"), display_name, "pass a table like that of token_norms")
+    check_rows(frame, display_name, "measure at least one layer")
     with drawing_axes(ax, figure_size("icml")) as axes:
         axes.fill_between(frame["layer"], frame["lowest"], frame["highest"], color=OKABE_ITO[4], alpha=0.5, linewidth=0)
         axes.plot(frame["layer"], frame["median"], color=OKABE_ITO[0], marker=".", markersize=4)

@@ -1,4 +1,4 @@
-"""How a classifier's probability falls as patches are taken away."""
+"""Probability of a classifier as patches are deleted."""
 
 from __future__ import annotations
 
@@ -16,19 +16,28 @@ _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)))
 
 
 def plot_deletion(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the mean probability of the predicted class against the part of the patches taken away, a line an order.
+    """Draw the mean probability of the predicted class against the fraction of patches deleted, one line per order.
 
-    The intervals of the differences, image by image, are in `DeletionResult.summary`.
+    Confidence intervals of the paired differences between orders are in `DeletionResult.summary`.
 
     Args:
-        frame: One row a step of an image in an order; columns order, image, fraction (of the patches, in [0, 1]), probability.
-        ax: Where to draw; a new figure if None.
+        frame: One row per order, image and step; columns order, image, fraction (of patches deleted, in [0, 1]), probability.
+        ax: Axes to draw on; if None, a new figure.
 
     Returns:
-        The axes; its lines are the orders, as they come first in the frame.
+        The axes, with one line per order, in the order of first appearance in the table.
 
     Raises:
-        InputError: If columns are missing or there is no row.
+        InputError: If columns are missing or the table has no rows.
+
+    Examples:
+        >>> import pandas as pd
+        >>> steps = {"image": 0, "fraction": [0.0, 0.5, 1.0]}
+        >>> rollout = pd.DataFrame({"order": "rollout", "probability": [0.9, 0.3, 0.1], **steps})
+        >>> random = pd.DataFrame({"order": "random", "probability": [0.9, 0.6, 0.1], **steps})
+        >>> ax = plot_deletion(pd.concat([rollout, random]))
+        >>> [line.get_label() for line in ax.lines]
+        ['rollout', 'random']
 
     References:
         Petsiuk et al. 2018, arXiv:1806.07421, figure 1 (deletion).
@@ -36,7 +45,8 @@ def plot_deletion(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     missing = [name for name in _COLUMNS if name not in frame]
     if missing or frame.empty:
         raise InputError(
-            f"a table of deletion needs rows with columns {', '.join(_COLUMNS)}; got {len(frame)} rows with {list(frame)}"
+            f"the table of deletion has {len(frame)} rows and columns {list(frame)}; "
+            f"it must have rows and columns {', '.join(_COLUMNS)}"
         )
     with drawing_axes(ax, figure_size("icml", 0.8)) as axes:
         for index, (order, rows) in enumerate(frame.groupby("order", sort=False)):
@@ -46,7 +56,7 @@ def plot_deletion(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_xlabel("Patches taken away")
+        axes.set_xlabel("Patches deleted")
         axes.set_ylabel("Probability of the predicted class")
-        axes.legend(title="Taken away first", alignment="left", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        axes.legend(title="Deleted first", alignment="left", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return axes

@@ -1,4 +1,4 @@
-"""The three panels of the ViT paper's figure 7 on one sheet."""
+"""The three panels of figure 7 of the ViT paper."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from vit_probe.plots.attention_distance import plot_attention_distance
-from vit_probe.plots.layout import say_instead
+from vit_probe.plots.layout import show_message
 from vit_probe.plots.patch_filters import plot_patch_filters
 from vit_probe.plots.position_similarity import TITLE, plot_position_similarity
 from vit_probe.plots.style import WIDTHS, style
 
 __all__ = ["plot_figure7"]
 
-_HEIGHT = 2.4
-_TITLE_POINTS = 8  # as large as the labels: a third of a page holds no more
+_HEIGHT = 2.4  # inches
+_TITLE_POINTS = 8  # larger titles do not fit a third of the page
 
 
 def plot_figure7(
@@ -32,17 +32,26 @@ def plot_figure7(
 
     Args:
         filters: (filter, channel, row, col), as for `plot_patch_filters`.
-        similarity: (row, col, row, col), as for `plot_position_similarity`; None for a model that has none, whose panel then
-            says so.
-        frame: One row a head, as for `plot_attention_distance`.
-        similarity_title: Above the panel of the similarity.
-        figure: Where to draw; a new one of a page's width (6.75 inches) if None.
+        similarity: (row, col, row, col), as for `plot_position_similarity`; None if the model has no position embeddings to
+            compare, in which case the panel says so.
+        frame: One row per head, as for `plot_attention_distance`.
+        similarity_title: Title of the panel of position similarity.
+        figure: Figure to draw on; if None, a new one of a page's width (6.75 inches).
 
     Returns:
         The figure; its first three axes are the panels, from left to right.
 
     Raises:
-        InputError: As the functions of the panels do.
+        InputError: If the function of a panel raises it.
+
+    Examples:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> heads = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "distance": [15.0, 40.0], "std": 2.0, "patch_mass": 0.9})
+        >>> heads = heads.assign(uniform_distance=41.7, num_images=8)
+        >>> figure = plot_figure7(np.random.default_rng(0).normal(size=(28, 3, 8, 8)), np.ones((4, 4, 4, 4)), heads)
+        >>> [ax.get_xlabel() for ax in figure.axes[:3]]
+        ['', 'Input patch column', 'Network depth (layer)']
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7.
@@ -56,7 +65,7 @@ def plot_figure7(
     components = "principal component" if len(filters) == 1 else f"{len(filters)} principal components"
     plot_patch_filters(filters, title=f"RGB embedding filters\n(first {components})", ax=left)
     if similarity is None:
-        say_instead(centre, similarity_title, "Positions of this model\ncannot be compared.")
+        show_message(centre, similarity_title, "Positions of this model\ncannot be compared.")
     else:
         plot_position_similarity(similarity, title=similarity_title, ax=centre)
     plot_attention_distance(frame, ax=right)

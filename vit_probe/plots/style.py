@@ -1,4 +1,4 @@
-"""How every figure looks, how large it is, and how it is written to disk."""
+"""The style, size and file formats of every figure."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ WIDTHS = {
     "cvpr": 3.25,
     "cvpr-page": 6.875,
 }
-"""Widths in inches of a column, or of the whole page where there are two columns."""
+"""Column widths in inches; `-page` is the full width of a two-column page."""
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
-"""Colours that people with any common colour blindness tell apart (Okabe & Ito 2008)."""
+"""Colours that readers with any common colour blindness can tell apart (Okabe & Ito 2008)."""
 
 _DPI = 300
-# An entry set to None is left out of the file: nothing that a day or a version of matplotlib changes.
+# None leaves an entry out of the file. Dates and versions of matplotlib would make equal figures differ in their bytes.
 _METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -54,7 +54,7 @@ _METADATA: dict[str, dict[str, Any]] = {
 _GREY = "#333333"
 _RC: Any = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that a figure is the same on every machine
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so that figures look the same on every machine
     "font.size": 8,
     "mathtext.fontset": "dejavusans",
     "axes.titlesize": 9,
@@ -101,9 +101,15 @@ _RC: Any = {
 
 
 def style() -> AbstractContextManager[None]:
-    """The settings of a figure fit for a paper, for as long as the `with` block lasts.
+    """Context manager that sets matplotlib's parameters for a publication figure and restores them on exit.
 
     8 pt text and 9 pt titles, thin spines, TrueType fonts in PDF, colours safe for colour-blind readers.
+
+    Examples:
+        >>> import matplotlib as mpl
+        >>> with style():
+        ...     mpl.rcParams["axes.titlesize"]
+        9.0
     """
     return mpl.rc_context(_RC)
 
@@ -112,18 +118,22 @@ def figure_size(width: str | float = "neurips", aspect: float = 0.618) -> tuple[
     """Width and height of a figure, in inches.
 
     Args:
-        width: A name in `WIDTHS`, or inches.
-        aspect: Height over width.
+        width: A name in `WIDTHS`, or a number of inches.
+        aspect: Height divided by width.
 
     Raises:
         InputError: If the name is unknown, or a number is not positive.
+
+    Examples:
+        >>> figure_size("icml", aspect=0.8)
+        (3.25, 2.6)
     """
     if isinstance(width, str):
         if width not in WIDTHS:
-            raise InputError(f"no column width is known as {width!r}; choose from {', '.join(WIDTHS)}, or give inches")
+            raise InputError(f"unknown column width {width!r}; choose from {', '.join(WIDTHS)}, or pass a number of inches")
         width = WIDTHS[width]
     if not (width > 0 and aspect > 0):
-        raise InputError(f"a figure cannot have width {width} and aspect {aspect}; both must be positive")
+        raise InputError(f"cannot make a figure of width {width} and aspect {aspect}; both must be positive")
     return width, width * aspect
 
 
@@ -131,12 +141,12 @@ def figure_size(width: str | float = "neurips", aspect: float = 0.618) -> tuple[
 def drawing_axes(
     ax: Axes | None, size: tuple[float, float], margins: tuple[float, float, float, float] | None = None
 ) -> Iterator[Axes]:
-    """The axes to draw on: those given, in the caller's style, or new ones on a figure in `style()`.
+    """Yield the caller's axes, in the caller's style, or else new axes on a figure in `style()`.
 
     Args:
-        ax: The caller's axes.
-        size: Of the new figure, in inches.
-        margins: Left, bottom, right and top of the new axes, in inches; if None, the layout is found from the text.
+        ax: The caller's axes; None to create new ones.
+        size: Width and height of the new figure, in inches.
+        margins: Left, bottom, right and top margins of the new axes, in inches; if None, constrained layout sets them.
     """
     if ax is not None:
         yield ax
@@ -151,15 +161,15 @@ def drawing_axes(
 
 
 def text_inches(text: str, points: float = 8) -> float:
-    """How wide the widest line of a text is printed in `style()`, or a little more."""
+    """Printed width of the widest line of a text in `style()`, rounded up a little."""
     with mpl.rc_context(_RC):
         widths = [TextPath((0, 0), line, size=points).get_extents().width for line in text.splitlines() if line.strip()]
-    # A screen's hinting makes text a little wider than its outlines, hence 0.92.
+    # Hinting on screen makes text a little wider than its outlines, hence 0.92.
     return float(max(widths, default=0.0)) / (0.92 * 72)
 
 
 def fitting_text(text: str, inches: float, points: float = 8) -> str:
-    """The text on one line, or as much of its beginning as fits, with an ellipsis; dollar signs are mere signs."""
+    """The text on one line, cut with an ellipsis where it is longer than `inches`; dollar signs do not start a formula."""
     shown = " ".join(text.split())
     with mpl.rc_context({"text.parse_math": False}):
         while len(shown) > 1 and text_inches(shown, points) > inches:
@@ -168,14 +178,13 @@ def fitting_text(text: str, inches: float, points: float = 8) -> str:
 
 
 def save_figure(figure: Figure, stem: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Write a figure as `stem.png`, `stem.pdf`, `stem.svg`; the same figure always gives the same bytes.
+    """Write a figure as `stem.png`, `stem.pdf` or `stem.svg`, reproducibly: equal figures give equal bytes.
 
-    PNG has 300 dots an inch,
-    and so have the pictures within PDF and SVG.
+    PNG files have 300 dots per inch, and so do the pictures inside PDF and SVG files.
 
     Args:
-        figure: What to write; its size is kept.
-        stem: Path without the ending.
+        figure: Figure to write; its size is kept.
+        stem: Path without the file extension.
         formats: Any of `FORMATS`.
 
     Returns:
@@ -183,6 +192,15 @@ def save_figure(figure: Figure, stem: Path, formats: Sequence[str] = ("png",)) -
 
     Raises:
         InputError: If a format is unknown (before anything is written), or the folder cannot be written to.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from matplotlib.figure import Figure
+        >>> with TemporaryDirectory() as folder:
+        ...     paths = save_figure(Figure(figsize=(1, 1)), Path(folder, "empty"), ["png", "svg"])
+        >>> [path.name for path in paths]
+        ['empty.png', 'empty.svg']
     """
     for name in formats:
         if name not in FORMATS:

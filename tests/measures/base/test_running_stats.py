@@ -1,15 +1,17 @@
-"""RunningStats: mean and standard deviation over images, in any split and order."""
+"""Mean and standard deviation over images, in any split and order, and the same layer by layer."""
 
 from __future__ import annotations
 
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vit_probe.measures.base.running_stats import RunningStats
+from vit_probe import InputError
+from vit_probe.measures.base.running_stats import LayerStats, RunningStats
 
 
 @given(
@@ -36,3 +38,77 @@ def test_any_split_gives_the_moments_of_all_in_any_order(parts: list[int], offse
     else:
         assert np.isnan(together.std()).all()
         assert np.isnan(together.confidence()).all()
+
+
+# Layer by layer
+
+
+def filled(images: int, *, shapes: tuple[tuple[int, ...], ...] = ((2,), (3,)), seed: int = 0) -> LayerStats:
+    layers = LayerStats("values", per_image=True)
+    add(layers, images, shapes=shapes, seed=seed)
+    return layers
+
+
+def add(layers: LayerStats, images: int, *, shapes: tuple[tuple[int, ...], ...] = ((2,), (3,)), seed: int = 0) -> None:
+    random = np.random.default_rng(seed)
+    for layer, shape in enumerate(shapes):
+        layers.add(
+            layer, f"blocks.{layer}", {"a": random.normal(size=(images, *shape)), "b": np.full((images, 2), 7.0 + layer)}
+        )
+
+
+def test_what_a_layer_lacks_is_nan() -> None:
+    averages = filled(4).averages()
+    assert averages.num_images == 4
+    assert {name: values.shape for name, values in averages.values.items()} == {"a": (2, 3), "b": (2, 2)}
+    assert np.isnan(averages.values["a"]).tolist() == [[False, False, True], [False] * 3]
+    assert averages.per_image["a"].shape == (4, 2, 3)
+    np.testing.assert_allclose(averages.per_image["a"].mean(0), averages.values["a"])
+    assert averages.values["b"].tolist() == [[7, 7], [8, 8]]
+
+
+def test_rolling_back_returns_to_the_checkpoint_each_time() -> None:
+    layers, before = filled(3), filled(3).averages()
+    layers.set_checkpoint()
+    for images in (2, 4):
+        add(layers, images, seed=5)
+        assert layers.averages().num_images == 3 + images
+        layers.roll_back()
+        assert layers.averages().num_images == 3
+        for name in ("a", "b"):
+            np.testing.assert_array_equal(layers.averages().values[name], before.values[name])
+            np.testing.assert_array_equal(layers.averages().per_image[name], before.per_image[name])
+
+
+def test_rolling_back_to_nothing() -> None:
+    layers = LayerStats("values")
+    layers.set_checkpoint()
+    add(layers, 2)
+    layers.roll_back()
+    with pytest.raises(InputError, match="no values have been measured yet"):
+        layers.averages()
+
+
+def test_other_shapes_are_not_merged() -> None:
+    layers, other = filled(3), filled(3, shapes=((2,), (4,)))
+    with pytest.raises(
+        InputError, match=r"cannot merge values: one has layers with values .*\(4,\).* measure images of one size"
+    ):
+        layers.merge(other)
+    assert layers.averages().num_images == 3
+    with pytest.raises(InputError, match="cannot merge values"):
+        layers.merge(filled(3, shapes=((2,),)))
+
+
+def test_layers_of_different_numbers_of_images() -> None:
+    layers = filled(3)
+    layers.add(1, "blocks.1", {"a": np.zeros((2, 3)), "b": np.zeros((2, 2))})
+    with pytest.raises(InputError, match=r"the layers have seen different numbers of images \(3, 5\)"):
+        layers.averages()
+
+
+def test_means_that_are_not_finite() -> None:
+    layers = LayerStats("values")
+    layers.add(0, "blocks.0", {"a": np.array([[1.0], [np.nan]])})
+    with pytest.raises(InputError, match="values are not all finite"):
+        layers.averages()

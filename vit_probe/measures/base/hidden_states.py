@@ -1,4 +1,4 @@
-"""What measures of hidden tokens have in common."""
+"""What measures of hidden states have in common."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,49 +16,50 @@ __all__ = ["HiddenStateMeasure"]
 
 
 class HiddenStateMeasure(ABC):
-    """A streaming measure of the patch tokens that pass from layer to layer; a `vit_probe.tokens.hidden_states.TokenObserver`.
+    """A streaming measure of the patch tokens after each block; a `vit_probe.tokens.hidden_states.TokenObserver`.
 
-    What it makes of a batch counts once the batch is complete. It looks at no attention, so that the model's own fused
-    attention is left to run.
+    A batch counts once all its layers have come. Attention is not looked at, so the model's own fused attention runs.
 
     Args:
         modules: Path of each layer's module, as `AttentionRun.layers` lists them.
     """
 
-    display_name: str  # is measured, for messages
-    min_batch_size = 1  # images in a batch, of fewer of which nothing is made
+    name: str
+    display_name: str  # what is measured, for messages
+    min_batch_size = 1  # images that a batch must have to count
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = list(modules)
-        self._batch: list[np.ndarray] = []  # of each layer so far
+        self._batch: list[Any] = []  # of each layer so far
         self._images = 0  # in the batch
-        self._before: dict[str, Any] = {}  # the attributes when the batch began; none of their values is changed in place
+        # The attributes at the start of the batch. Subclasses replace their values and do not change them in place.
+        self._before: dict[str, Any] = {}
 
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its kind, for provenance."""
+        """What distinguishes this measure from others of its name, for provenance."""
 
     @abstractmethod
-    def _reduced(self, tokens: Float[Tensor, "image patch dim"]) -> np.ndarray:
+    def _reduced(self, tokens: Float[Tensor, "image patch dim"]) -> Any:
         """What is kept of a layer's tokens until the batch is complete."""
 
     @abstractmethod
-    def _add(self, batch: list[np.ndarray], images: int) -> None:
-        """Counts a complete batch in, of which it is given what `_reduced` made of each layer."""
+    def _add(self, batch: list[Any], images: int) -> None:
+        """Count a complete batch in, given what `_reduced` returned for each layer."""
 
     def begin_layer(self, inputs: AttentionInputs) -> bool:
-        """Whether attention is needed: no."""
+        """Whether tiles of attention are needed: no."""
         return False
 
     def update(self, tile: AttentionTile) -> None:  # noqa: B027  (an observer of attention has this method)
-        """Does nothing: no attention is asked for."""
+        """Do nothing: no attention is asked for."""
 
     def update_tokens(self, layer: int, tokens: Float[Tensor, "image patch dim"]) -> None:
-        """Takes a layer's tokens, the layers in order.
+        """Take a layer's tokens, the layers in order.
 
         Raises:
-            InputError: If the layer is another than the next, or the tokens are not all finite.
+            InputError: If the layer is not the next one, or the tokens are not all finite.
         """
         if layer != len(self._batch) or layer >= len(self.modules):
             raise InputError(
@@ -70,33 +70,33 @@ class HiddenStateMeasure(ABC):
         self._images = len(tokens)
 
     def begin_batch(self) -> None:
-        """Marks where `roll_back` goes back to, and forgets what came of a batch that was not completed."""
+        """Remember the present state for `roll_back`, and forget a batch that was not completed."""
         self._batch = []
         self._before = {name: value for name, value in vars(self).items() if name not in ("_batch", "_before")}
 
     def end_batch(self) -> None:
-        """Counts the batch in.
+        """Count the batch in.
 
         Raises:
-            InputError: If tokens of some layers have not come.
+            InputError: If the tokens of some layers have not come.
         """
         batch, self._batch = self._batch, []
         if len(batch) != len(self.modules):
             raise InputError(
-                f"{self.display_name} need the tokens of {len(self.modules)} layers, but those of {len(batch)} came; show them within "
-                "AttentionRun.observe"
+                f"{self.display_name} need the tokens of {len(self.modules)} layers, but those of {len(batch)} came; show them "
+                "within AttentionRun.observe"
             )
         self._add(batch, self._images)
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        """Forget everything since `begin_batch`, also where the batch had ended."""
         self._batch = []
         vars(self).update(self._before)
 
     def _check_alike(self, other: Self) -> None:
         """Raise InputError unless `other` has the same layers and options."""
-        if (self.modules, self.options) != (other.modules, other.options):
+        if (self.name, self.modules, self.options) != (other.name, other.modules, other.options):
             raise InputError(
-                f"cannot merge {self.display_name} of {len(other.modules)} layers with the options {other.options} into those of "
+                f"cannot merge {self.display_name}: {len(other.modules)} layers with the options {other.options} and "
                 f"{len(self.modules)} layers with the options {self.options}; measure the same model in the same way"
             )

@@ -1,11 +1,11 @@
-"""What measures with a number for every head have in common."""
+"""Measures with a number, or several, for every head: the streaming measure and its result."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -14,99 +14,231 @@ from jaxtyping import Float
 
 from vit_probe.attention.tiles import AttentionTile
 from vit_probe.errors import InputError
-from vit_probe.measures.base.reduce import ImageMeans, PerQuery
-from vit_probe.measures.base.running_stats import RunningStats
-from vit_probe.results import Result, check_finite
+from vit_probe.measures.base.averaged import AveragedResult
+from vit_probe.measures.base.running_stats import LayerStats
+from vit_probe.results import KeyNumber
+from vit_probe.runner.resume import differing
 from vit_probe.tokens.grid import TokenGrid, Windows
 
-__all__ = ["HeadTables", "PerHead", "head_frame", "layer_summary"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["HeadMeans", "HeadResult", "PerHead", "head_table"]
 
 
-@dataclass(frozen=True)
-class HeadTables:
-    """Statistics over images of each value, (value, layer, head); NaN where a layer has fewer heads than others.
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class HeadResult(AveragedResult):
+    """Named values of every head, means over images and patch queries.
+
+    Values are (layer, head, ...), NaN where a layer has fewer heads than others. `result.uniform_distance` is
+    `result.uniform["distance"]`.
 
     Args:
-        mean: Over images.
-        std: Standard deviation over images (n - 1; NaN for one image).
-        confidence: Half the width of the 95 % confidence interval of the mean.
-        num_images: Images averaged over.
+        uniform: By name, (layer), the value of a head that attends equally to all tokens that it may attend to.
+        num_windows: (layer), windows that attention is kept within; 1 where it is over the whole image.
     """
 
-    mean: np.ndarray
-    std: np.ndarray
-    confidence: np.ndarray
-    num_images: int
+    uniform: dict[str, np.ndarray]
+    num_windows: np.ndarray
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        """The named value; `uniform_NAME` is what uniform attention has."""
+        uniform: dict[str, np.ndarray] = self.__dict__.get("uniform", {})
+        if name.startswith("uniform_") and name.removeprefix("uniform_") in uniform:
+            return uniform[name.removeprefix("uniform_")]
+        return super().__getattr__(name)
+
+    def to_dataframe(self, *, per_image: bool = False) -> pd.DataFrame:
+        """One row per head: layer, module, head, the first value with its `std` and `confidence`, the other values, the first
+        value of uniform attention (`uniform_NAME`), num_windows, num_images. Maps are left out.
+
+        Its `attrs["skipped"]` names the attention of the model that is not self-attention and so not in the table, with the
+        reason.
+
+        Args:
+            per_image: Return one row per image, layer and head instead: image, name, layer, module, head and the values.
+
+        Raises:
+            InputError: If the values of single images are asked for and were not kept.
+        """
+        scalars = [name for name, values in self.values.items() if values.ndim == 2]
+        first = self.values[self.main]
+        layer, head = np.nonzero(~np.isnan(first.reshape(*first.shape[:2], -1)[..., 0]))
+        columns = {"layer": layer, "module": np.asarray(self.modules, dtype=object)[layer], "head": head}
+        if per_image:
+            return self._table_per_image(columns, (layer, head), *scalars)
+        frame = self._table(columns, (layer, head), *scalars)
+        if scalars and scalars[0] in self.uniform:
+            frame[f"uniform_{scalars[0]}"] = self.uniform[scalars[0]][layer]
+        frame["num_windows"], frame["num_images"] = self.num_windows[layer], self.num_images
+        frame.attrs["skipped"] = self.provenance.get("skipped", {})
+        return frame
+
+    def summary(self) -> pd.DataFrame:
+        """One row per layer: mean and range over heads of the first value, and the means of the others; `attrs` as in the
+        table.
+        """
+        frame = self.to_dataframe()
+        layers = frame.groupby("layer")
+        first, *others = [name for name in self.values if name in frame]
+        words = first.replace("_", " ")
+        columns = {
+            f"mean {words} ({self.unit})": layers[first].mean(),
+            "lowest head": layers[first].min(),
+            "highest head": layers[first].max(),
+            **{name.replace("_", " "): layers[name].mean() for name in others},
+        }
+        if (self.num_windows > 1).any():
+            columns["windows"] = layers["num_windows"].first()
+        summary = pd.DataFrame(columns).reset_index()
+        summary.attrs = frame.attrs
+        return summary
+
+    def key_numbers(self) -> list[KeyNumber]:
+        """Range of the first value over heads, within layers, and of uniform attention; the means of the others."""
+        values = self.values[self.main]
+        lowest, highest = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+        return [
+            ("lowest head", self.unit, float(lowest.min())),
+            ("highest head", self.unit, float(highest.max())),
+            ("range of heads", self.unit, float(highest.max() - lowest.min())),
+            ("range within a layer", self.unit, float((highest - lowest).mean())),
+            ("uniform attention", self.unit, float(self.uniform[self.main].mean())),
+            # Patch mass says how far to trust the first value; models are not compared by it.
+            *(
+                (name.replace("_", " "), "share", float(np.nanmean(values)))
+                for name, values in self.values.items()
+                if values.ndim == 2 and name not in (self.main, "patch_mass")
+            ),
+        ]
+
+    def plot(
+        self,
+        *,
+        ax: Axes | None = None,
+        kind: Literal["depth", "sorted"] = "depth",
+        layers: Sequence[int] | None = None,
+        spread: bool = False,
+    ) -> Axes:
+        """Draw the first value of every head.
+
+        Args:
+            ax: Where to draw; a new figure if None.
+            kind: Against depth, one dot per head; or the heads of some layers sorted by their value, one line per layer.
+            layers: Which layers to draw, from 0; if None, all, or of sorted heads the first two and the last two.
+            spread: Add error bars of one standard deviation over images.
+        """
+        from vit_probe.plots.per_head import plot_heads, plot_sorted_heads
+
+        quantity = {"column": self.main, "label": f"{self.label} ({self.unit})"}
+        if kind == "sorted":
+            return plot_sorted_heads(self.to_dataframe(), layers=layers, ax=ax, **quantity)
+        return plot_heads(self.to_dataframe(), layers=layers, ax=ax, spread=spread, **quantity)
+
+
+class HeadMeans(Protocol):
+    """What makes one value per image and head of tiles."""
+
+    def add(self, tile: AttentionTile) -> dict[str, Float[np.ndarray, "image head *values"]] | None: ...
 
 
 class PerHead(ABC):
-    """A streaming measure with some values for every head, means over patch queries and images.
-
-    Keeps sums over images in float64, so that splitting the images into batches or processes changes nothing but rounding.
+    """A streaming measure with some values for every head; an observer for `attention_hooks`.
 
     Args:
         grid: Where the patches lie.
-        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.tokens.locate.survey`.
-        values: The values of each query.
+        windows: The layers whose attention is not over all the tokens of `grid`; see `vit_probe.tokens.locate.locate_tokens`.
+        options: What distinguishes this measure from others of its name, for provenance.
+        per_image: Whether to keep the value of every image.
     """
 
-    display_name: str  # is measured, for messages
+    name: str
+    unit: str
+    label: str
+    result: type[HeadResult] = HeadResult
 
-    def __init__(self, grid: TokenGrid, windows: Mapping[int, Windows] | None, values: PerQuery) -> None:
+    def __init__(
+        self,
+        grid: TokenGrid,
+        windows: Mapping[int, Windows] | None,
+        options: Mapping[str, Any],
+        *,
+        per_image: bool = False,
+    ) -> None:
         self.grid = grid
         self.windows = dict(windows or {})
-        self._sums: list[RunningStats] = []
-        self._modules: list[str] = []
-        self._before: tuple[list[RunningStats], list[str]] = [], []
-        self._means = ImageMeans(grid, self.windows, values)
+        self.per_image = per_image
+        self._options = dict(options)
+        self._means = self._head_means()
+        self._stats = LayerStats(self.display_name, per_image=per_image)
 
     @property
-    @abstractmethod
+    def display_name(self) -> str:
+        """What is measured, for messages."""
+        return f"values of {self.name}"
+
+    @property
     def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its kind, for provenance."""
+        """What distinguishes this measure from others of its name, for provenance."""
+        return self._options | ({"per_image": True} if self.per_image else {})
+
+    @abstractmethod
+    def _head_means(self) -> HeadMeans:
+        """What reduces tiles to one value per image and head."""
+
+    @abstractmethod
+    def _uniform(self, layer: int) -> Mapping[str, float]:
+        """Values of uniform attention in a layer."""
+
+    def _uniform_by_layer(self, layers: Sequence[int]) -> list[Mapping[str, float]]:
+        # All pairs of tokens take part, so that layers with the same windows, or without, share what is computed.
+        known: dict[int, Mapping[str, float]] = {}
+        kinds = [id(self.windows.get(layer)) for layer in layers]
+        for layer, kind in zip(layers, kinds, strict=True):
+            if kind not in known:
+                known[kind] = self._uniform(layer)
+        return [known[kind] for kind in kinds]
 
     def update(self, tile: AttentionTile) -> None:
-        """Adds a tile. An image counts once the last query of its last window has come."""
+        """Add a tile. An image counts once the last query of its last window has come."""
         means = self._means.add(tile)
         if means is not None:
-            while len(self._sums) <= tile.layer:
-                self._sums.append(RunningStats.empty(*means.shape[1:]))
-                self._modules.append(tile.name)
-            self._sums[tile.layer].merge(RunningStats.from_samples(means))
+            name, first = next(iter(means.items()))
+            if first.ndim != 2:
+                raise InputError(
+                    f"the first value of {self.name}, {name!r}, has shape {first.shape[2:]} per image and head; it must be a "
+                    "single number, which tables and figures show, and arrays may follow"
+                )
+            self._stats.add(tile.layer, tile.name, means)
 
     def begin_batch(self) -> None:
-        """Marks where `roll_back` goes back to."""
-        self._before = [sums.copy() for sums in self._sums], list(self._modules)
+        """Remember the present state for `roll_back`."""
+        self._stats.set_checkpoint()
 
-    def end_batch(self) -> None:  # noqa: B027  (not every measure puts something off)
-        """Does what is left to do of the batch: nothing."""
+    def end_batch(self) -> None:  # noqa: B027  (not every measure has something left to do)
+        """Finish the batch; nothing is left to do."""
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`."""
-        self._sums, self._modules = self._before
+        """Forget everything since `begin_batch`."""
+        self._stats.roll_back()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
-        arrays = {f"{layer}.{name}": value for layer, sums in enumerate(self._sums) for name, value in sums.state().items()}
-        return arrays | {"modules": list(self._modules)}
+        """What `restore` needs to continue from here: arrays, and what JSON can hold."""
+        return self._stats.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to where `state` was taken, of a measure with the same grid, windows and options."""
-        self._modules = list(state["modules"])
-        self._sums = [
-            RunningStats(state[f"{layer}.count"], state[f"{layer}.mean"], state[f"{layer}.squares"])
-            for layer in range(len(self._modules))
-        ]
+        """Return to where `state` was taken, of a measure with the same grid, windows and options."""
+        self._stats.restore(state)
 
     def merge(self, other: Self) -> None:
-        """Adds what `other` has seen. Either may have seen nothing.
+        """Add the images of `other`. Either may be empty.
 
         Raises:
             InputError: If `other` measures on another grid, in other windows, with other options, or other layers and heads.
         """
-        mine, theirs = ((m.grid, m.options, [layer.mean.shape[1] for layer in m._sums]) for m in (self, other))
-        if mine[:2] != theirs[:2] or (self._sums and other._sums and mine != theirs):
-            raise InputError(f"cannot merge {self.display_name} of (grid, options, heads of each layer) {theirs} into {mine}")
+        mine, theirs = ((one.name, one.grid, one.options) for one in (self, other))
+        if mine != theirs:
+            raise InputError(f"cannot merge {self.display_name}: (name, grid, options) are {mine} and {theirs}")
         if self.windows.keys() != other.windows.keys() or any(
             self.windows[layer].grid != windows.grid or not torch.equal(self.windows[layer].patches, windows.patches)
             for layer, windows in other.windows.items()
@@ -114,61 +246,82 @@ class PerHead(ABC):
             raise InputError(
                 f"cannot merge {self.display_name} within other windows; measure images of one size with one model"
             )
-        if not self._sums:
-            self._sums, self._modules = [RunningStats.empty(*layer.mean.shape) for layer in other._sums], list(other._modules)
-        for layer, added in zip(self._sums, other._sums, strict=False):
-            layer.merge(added)
+        self._stats.merge(other._stats)
 
-    def _tables(self) -> HeadTables:
-        """The statistics over all images so far.
+    def reorder(self, order: Sequence[int]) -> None:
+        """Put the values of single images into another order: first those of the image that was the `order[0]`-th."""
+        self._stats.reorder(order)
+
+    def compute(
+        self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None
+    ) -> HeadResult:
+        """The result over all images so far.
 
         Raises:
-            InputError: If there were none, or the layers have seen different ones.
+            InputError: If there were none.
         """
-        if not self._sums:
-            raise InputError("no attention has been measured yet")
-        if len({layer.count for layer in self._sums}) > 1:
-            counts = ", ".join(str(layer.count) for layer in self._sums)
-            raise InputError(f"the layers have seen different numbers of images ({counts}); they do not make one table")
-        for layer in self._sums:
-            check_finite(layer.mean, self.display_name)
-        return HeadTables(
-            mean=_table([layer.mean for layer in self._sums]),
-            std=_table([layer.std() for layer in self._sums]),
-            confidence=_table([layer.confidence() for layer in self._sums]),
-            num_images=self._sums[0].count,
+        averages = self._stats.averages()
+        layers = range(len(self._stats.modules))
+        uniform = self._uniform_by_layer(layers)
+        return self.result(
+            measure=self.name,
+            unit=self.unit,
+            label=self.label,
+            **averages.fields(names),
+            uniform={name: np.array([layer[name] for layer in uniform]) for name in uniform[0]},
+            num_windows=np.array([len(self.windows[layer].patches) if layer in self.windows else 1 for layer in layers]),
+            modules=list(self._stats.modules),
+            options=self.options,
+            provenance=provenance or {},
         )
 
-    def _windows_by_layer(self) -> list[Windows | None]:
-        return [self.windows.get(layer) for layer in range(len(self._sums))]
+
+_HEAD = ("layer", "module", "head", "num_windows", "num_images")  # columns that say which head it is
+_SAME = ("model", "images", "preprocessing", "grid", "windows", "skipped")  # in the provenance of results of one pass
 
 
-def head_frame(result: Result, modules: list[str], *names: str) -> pd.DataFrame:
-    """One row a head: layer, module, head, then the attributes of `result` called `names`.
+def head_table(*results: HeadResult) -> pd.DataFrame:
+    """Several measures of every head side by side, such as how far a head looks and how many tokens it looks at.
 
-    These are (layer, head), (layer) or a number; where the first is NaN, there is no head. `attrs["skipped"]` is what the
-    provenance says was passed by.
+    The results are of the same pass: `measure(model, images, [mean_attention_distance, attention_entropy])` returns them.
+
+    Returns:
+        One row per head: layer, module, head, then the columns of each result, its `std` and `confidence` called
+        `NAME_std` and `NAME_confidence`; num_images last. `attrs` as in the table of the first.
+
+    Raises:
+        InputError: If the results are of different models, layers, heads or images, or have different values of one name.
     """
-    layer, head = np.nonzero(~np.isnan(getattr(result, names[0])))
-    columns: dict[str, Any] = {"layer": layer, "module": [modules[index] for index in layer], "head": head}
-    for name in names:
-        values = np.asarray(getattr(result, name))
-        columns[name] = values[(layer, head)[: values.ndim]]
-    frame = pd.DataFrame(columns)
-    frame.attrs["skipped"] = result.provenance.get("skipped", {})
-    return frame
-
-
-def layer_summary(frame: pd.DataFrame, columns: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """One row a layer, of columns that were grouped by it; `attrs` as those of the table of heads."""
-    summary = pd.DataFrame(columns).reset_index()
-    summary.attrs = frame.attrs
-    return summary
-
-
-def _table(layers: list[Float[np.ndarray, "value head"]]) -> Float[np.ndarray, "value layer head"]:
-    """A row a layer, filled up with NaN where a layer has fewer heads than another."""
-    table = np.full((len(layers[0]), len(layers), max(layer.shape[1] for layer in layers)), np.nan)
-    for index, layer in enumerate(layers):
-        table[:, index, : layer.shape[1]] = layer
+    first = results[0]
+    for other in results[1:]:
+        mine, theirs = (
+            {
+                "layers": result.modules,
+                "heads": result.values[result.main].shape[:2],
+                "number of images": result.num_images,
+                **{name: result.provenance.get(name) for name in _SAME},
+            }
+            for result in (first, other)
+        )
+        if names := differing(mine, theirs):
+            raise InputError(
+                f"results that differ in their {names} do not make one table; measure them in one pass, as "
+                "measure(model, images, [mean_attention_distance, attention_entropy]) does"
+            )
+    frames = [
+        result.to_dataframe().rename(columns={"std": f"{result.main}_std", "confidence": f"{result.main}_confidence"})
+        for result in results
+    ]
+    table = frames[0]
+    for frame in frames[1:]:
+        shared = [name for name in frame.columns if name in table.columns and name not in _HEAD]
+        table = table.merge(frame, on=list(_HEAD), suffixes=("", "_other"), validate="one_to_one")
+        if unequal := [name for name in shared if not np.allclose(table[name], table[f"{name}_other"], equal_nan=True)]:
+            raise InputError(
+                f"results with different values of {', '.join(unequal)} do not make one table; head_table takes one result per "
+                "measure"
+            )
+        table = table.drop(columns=[f"{name}_other" for name in shared])
+    table["num_images"] = table.pop("num_images")  # last, as in the table of each
+    table.attrs = frames[0].attrs
     return table

@@ -12,56 +12,58 @@ from vit_probe.errors import InputError
 from vit_probe.results import check_finite
 from vit_probe.tokens.grid import TokenGrid
 
-__all__ = ["SHOWN_IMAGES", "PerImageMaps"]
-
-SHOWN_IMAGES = 64
-"""Photographs that a result keeps beside its maps."""
+__all__ = ["PerImageMaps"]
 
 
 class PerImageMaps(ABC):
-    """A streaming measure that keeps a map, or several, of every image, in the order in which the images came.
+    """A streaming measure that keeps one map, or several, of every image, in the order in which the images came.
 
     Args:
         grid: Where the patches lie.
     """
 
-    display_name: str  # is measured, for messages
+    name: str
+    display_name: str  # what is measured, for messages
 
     def __init__(self, grid: TokenGrid) -> None:
         self.grid = grid
         self._maps: list[np.ndarray] = []  # of each batch, (image, ..., row, col)
-        self._before = 0  # how many of them there were before the batch under way
+        self._before = 0  # how many of them there were before the current batch
 
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its kind, for provenance."""
+        """What distinguishes this measure from others of its name, for provenance."""
+
+    @abstractmethod
+    def _finish_batch(self) -> None:
+        """Append the maps of the current batch, if there is one."""
 
     def begin_batch(self) -> None:
-        """Marks where `roll_back` goes back to."""
+        """Remember the present state for `roll_back`."""
         self._finish_batch()
         self._before = len(self._maps)
 
     def end_batch(self) -> None:
-        """Does what is left to do of the batch."""
+        """Count the batch in."""
         self._finish_batch()
 
     def roll_back(self) -> None:
-        """Forgets what came since `begin_batch`, also where the batch had ended."""
+        """Forget everything since `begin_batch`, also where the batch had ended."""
         del self._maps[self._before :]
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here: arrays, and what JSON can hold."""
+        """What `restore` needs to continue from here: arrays, and what JSON can hold."""
         self._finish_batch()
         none = np.zeros((0, self.grid.rows, self.grid.cols), dtype=np.float32)
         return {"maps": np.concatenate(self._maps) if self._maps else none}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to where `state` was taken, of a measure with the same grid and options."""
+        """Return to where `state` was taken, of a measure with the same grid and options."""
         self._maps = [state["maps"]] if len(state["maps"]) else []
 
     def merge(self, other: Self) -> None:
-        """Appends the maps of `other`.
+        """Append the maps of `other`.
 
         Raises:
             InputError: If `other` has another grid or other options.
@@ -74,19 +76,15 @@ class PerImageMaps(ABC):
         self._maps += other._maps
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Puts the maps into another order: first that of the image which was the `order[0]`-th."""
+        """Put the maps into another order: first those of the image that was the `order[0]`-th."""
         self._finish_batch()
         self._maps = [np.concatenate(self._maps)[list(order)]] if self._maps else []
 
-    @abstractmethod
-    def _finish_batch(self) -> None:
-        """Appends the maps of the batch that is under way, if one is."""
-
     def _result(self, provenance: dict[str, Any] | None, names: list[str] | None, images: np.ndarray | None) -> dict[str, Any]:
-        """What the results of all such measures hold of the images so far: maps, images, names and provenance.
+        """The fields that the results of all such measures have: maps, images, names and provenance.
 
         Raises:
-            InputError: If there were none, or the maps hold NaN.
+            InputError: If there were no images, or the maps hold NaN.
         """
         self._finish_batch()
         if not self._maps:

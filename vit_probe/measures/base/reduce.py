@@ -1,10 +1,11 @@
-"""From tiles to whole images: means over the patches that ask."""
+"""From tiles of attention to one value per image: means over patch queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,180 +15,421 @@ from torch import Tensor
 
 from vit_probe.attention.tiles import AttentionTile, Workspace
 from vit_probe.errors import InputError
-from vit_probe.tokens.grid import TokenGrid, Windows
+from vit_probe.tokens.grid import OffsetFunction, OffsetTable, TokenGrid, Windows
 
-__all__ = ["ImageMeans", "PatchQueries", "PerQuery", "RowDots", "wide"]
+__all__ = [
+    "OffsetMeans",
+    "PatchAttention",
+    "PerQuery",
+    "QueryMeans",
+    "QueryValues",
+    "ReceivedAttention",
+    "ReceivedMeans",
+    "check_values",
+    "read_only",
+    "wide",
+]
 
-_KEPT_DISTANCES = 1 << 20  # pairs of patches whose distances are kept, 4 MB; of larger grids only those of a tile
+_KEPT_PAIRS = 1 << 20  # pairs of patches whose values are kept, 4 MB; of larger grids only those of a tile
 
 
-@dataclass(frozen=True, slots=True)
-class PatchQueries:
-    """The attention of those queries of a tile that are patches.
+@dataclass(frozen=True)
+class PatchAttention:
+    """The attention of some patch queries to all tokens.
+
+    Axes: `image` runs over images, or over the windows of a layer that attends within windows; `query` over some patches;
+    `token` over all tokens of the sequence or window.
 
     Args:
-        probabilities: To all tokens.
-        scores: What the softmax was taken of; None unless they were asked for.
-        attention: To the patches, or to all tokens of a window, 0 to what is no patch.
-        distances: Gives those to what `attention` is to, in pixels.
-        query_index: Where `probabilities` are of a query to query_index.
-        disposable: Whether `probabilities`, `scores` and `attention` may be written to.
+        weights: Softmax weights over all tokens; each row sums to 1. Do not write to it: the memory is shared.
+        num_prefix_tokens: Number of prefix tokens (class token, registers), which come first.
+        grid: Where the patches of this layer lie.
+        patch_index: Which patch each token of a window is, counted row by row, -1 for padding; None where attention is over
+            the whole image, whose patches follow the prefix tokens row by row.
+        query_index: Which tokens the queries are.
+
+    Attributes:
+        to_patches: (image, head, query, patch), the weights on patches; in a window on all its tokens, 0 on padding.
+        to_prefix: (image, head, query, prefix), the weights on prefix tokens; in a window the sum over its padding.
+        to_self: (image, head, query), the weight of each query on itself.
+        dx, dy: (query, patch), offsets in pixels from each query to each patch, as `to_patches` has them; dx grows to the
+            right and dy downwards. In windows (window, 1, query, token).
     """
 
-    probabilities: Float[Tensor, "image head query token"]
-    scores: Float[Tensor, "image head query token"] | None
-    attention: Float[Tensor, "image head query patch"]
-    distances: Callable[[], Float[Tensor, "*#window query patch"]]
+    weights: Float[Tensor, "image head query token"]
+    num_prefix_tokens: int
+    grid: TokenGrid
     query_index: slice
-    disposable: bool
+    patch_index: Int[Tensor, "image token"] | None = None
+    _pairs: Callable[[OffsetFunction, bool], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def to_patches(self) -> Float[Tensor, "image head query patch"]:
+        if self.patch_index is None:
+            return self.weights[..., self.num_prefix_tokens :]
+        return self.weights * self._is_patch
+
+    @cached_property
+    def to_prefix(self) -> Float[Tensor, "image head query prefix"]:
+        if self.patch_index is None:
+            return self.weights[..., : self.num_prefix_tokens]
+        return (self.weights * ~self._is_patch).sum(dim=-1, keepdim=True)
+
+    @property
+    def to_self(self) -> Float[Tensor, "image head query"]:
+        return self.weights.diagonal(offset=self.query_index.start, dim1=-2, dim2=-1)
+
+    @cached_property
+    def dx(self) -> Float[Tensor, "*#window query patch"]:
+        return self._offsets(_right)
+
+    @cached_property
+    def dy(self) -> Float[Tensor, "*#window query patch"]:
+        return self._offsets(_down)
+
+    def align(self, weights: Float[Tensor, "image head query patch"]) -> QuerySum:
+        """Maps like `to_patches` moved so that each query lies in the centre, summed over the queries.
+
+        Args:
+            weights: Of each query on each patch, as `to_patches` has them.
+
+        Returns:
+            (image, head, 2 rows - 1, 2 cols - 1): entry (rows - 1 + v, cols - 1 + u) is the weight on the patch v rows below
+            and u columns right of the query.
+        """
+        rows, cols = self.grid.rows, self.grid.cols
+        images, heads = weights.shape[:2]
+        total = weights.new_zeros(images, heads, 2 * rows - 1, 2 * cols - 1)
+        if self.patch_index is None:
+            maps = weights.unflatten(-1, (rows, cols))
+            # One shifted addition per query is far cheaper than a map of its own for each.
+            for index, query in enumerate(range(*self.query_index.indices(self.query_index.stop))):
+                row, col = divmod(query - self.num_prefix_tokens, cols)
+                total[..., rows - 1 - row : 2 * rows - 1 - row, cols - 1 - col : 2 * cols - 1 - col] += maps[:, :, index]
+            return QuerySum(total)
+        for window, patches in enumerate(self.patch_index.to(weights.device)):
+            queries = patches[self.query_index]
+            down = patches // cols - (queries // cols)[:, None] + rows - 1
+            right = patches % cols - (queries % cols)[:, None] + cols - 1
+            is_pair = (queries >= 0)[:, None] & (patches >= 0)
+            places = (down * (2 * cols - 1) + right)[is_pair]
+            total[window].flatten(1).index_add_(1, places, weights[window][:, is_pair])
+        return QuerySum(total)
+
+    def _offsets(self, function: OffsetFunction, in_patches: bool = False) -> Float[Tensor, "*#window query patch"]:
+        """A function of the offsets from each query to each patch, in pixels or patches."""
+        if self._pairs is not None:
+            return self._pairs(function, in_patches)
+        start = self.query_index.start - self.num_prefix_tokens
+        stop = self.query_index.stop - self.num_prefix_tokens
+        table = OffsetTable(self.grid, function, in_patches=in_patches)
+        return table.rows(start, stop, device=self.weights.device).to(self.weights)
+
+    @property
+    def _is_patch(self) -> Tensor:
+        assert self.patch_index is not None
+        return (self.patch_index >= 0)[:, None, None, :].to(self.weights.device)
 
 
-class RowDots:
-    """Sums of products of rows; the products take the place of the left ones where these may be written to."""
+@dataclass(frozen=True)
+class QuerySum:
+    """A value that is summed over queries already, for maps that would be large for every query.
 
-    def __init__(self) -> None:
-        self._products = Workspace()
+    Args:
+        total: (image, head, ...), the sum over the patch queries.
+    """
 
-    def __call__(
-        self, left: Float[Tensor, "image head query key"], right: Float[Tensor, "*#query key"], *, disposable: bool
-    ) -> Float[Tensor, "image head query"]:
-        products = left if disposable else self._products.take(left.shape, left.dtype, left.device)
-        return torch.mul(left, right, out=products).sum(dim=-1)
+    total: Float[Tensor, "image head *values"]
+
+
+@dataclass(frozen=True)
+class ReceivedAttention:
+    """The attention that each token receives, a mean over all patch queries.
+
+    Args:
+        by_patches: (image, head, patch), patches row by row.
+        by_prefix: (image, head, prefix), prefix tokens in their order.
+        grid: Where the patches lie.
+    """
+
+    by_patches: Float[Tensor, "image head patch"]
+    by_prefix: Float[Tensor, "image head prefix"]
+    grid: TokenGrid
+
+
+QueryValues = Mapping[str, Float[Tensor, "image head query *values"] | QuerySum]
 
 
 class PerQuery(Protocol):
-    """What is averaged."""
+    """How values come from the attention of some patch queries."""
 
-    def per_query(self, queries: PatchQueries) -> Sequence[Float[Tensor, "image head query"]]:
-        """Sums over the attention of each query, tile by tile."""
-        ...
-
-    def values(self, sums: Float[Tensor, "sum image head query"]) -> Float[Tensor, "value image head query"]:
-        """The values of each query, from its sums in double precision."""
+    def per_query(self, attention: PatchAttention, *, disposable: bool) -> QueryValues:
+        """Named values of each query; `disposable` allows writing to `attention.weights`."""
         ...
 
 
-class ImageMeans:
+class QueryMeans:
     """Means of some values over the patch queries of each image, gathered tile by tile.
 
     Args:
         grid: Where the patches lie.
         windows: The layers whose attention is not over all the tokens of `grid`.
-        values: What is averaged.
+        values: The values of each query.
     """
 
     def __init__(self, grid: TokenGrid, windows: Mapping[int, Windows], values: PerQuery) -> None:
         self._grid = grid
         self._windows = windows
         self._values = values
-        self._distances = _Distances(grid)
-        self._sums: list[Tensor] = []  # of the images or windows whose queries are not complete
-        self._waiting: list[Float[np.ndarray, "value window head"]] = []  # windows of an image that is not complete
+        self._pairs = _PairValues()
+        self._sums: dict[str, Tensor] = {}  # over the queries so far, of images or windows that are not complete
+        self._pending: dict[str, list[np.ndarray]] = {}  # windows of an image that is not complete
 
-    def add(self, tile: AttentionTile) -> Float[np.ndarray, "image value head"] | None:
+    def add(self, tile: AttentionTile) -> dict[str, Float[np.ndarray, "image head *values"]] | None:
         """The means of the images that the tile completes, in float64; None if it completes none.
 
         Raises:
-            InputError: If the tile is of other tokens than the grid or the windows.
+            InputError: If the tile has other tokens than the grid or the windows.
         """
         windows = self._windows.get(tile.layer)
         if tile.queries.start == tile.heads.start == 0:
-            self._sums = []
+            self._sums = {}
             if tile.images.start == 0:
-                self._waiting = []  # of a pass that broke off
-        queries = self._of_whole(tile) if windows is None else self._of_windows(tile, windows)
-        if queries is not None:
-            sums = self._values.per_query(queries)
-            if not self._sums:
-                self._sums = [one.new_zeros(len(one), tile.num_heads, tile.num_tokens) for one in sums]
-            for whole, part in zip(self._sums, sums, strict=True):
-                whole[:, tile.heads, queries.query_index] = part
+                self._pending = {}  # of a forward pass that was interrupted
+        attention = self._whole_image(tile) if windows is None else self._within_windows(tile, windows)
+        if attention is not None:
+            self._add_queries(tile, attention)
         if tile.queries.stop < tile.num_tokens or tile.heads.stop < tile.num_heads or not self._sums:
             return None
-        gathered, self._sums = torch.stack(self._sums), []
-        values = self._values.values(gathered.to(wide(gathered.device)))
+        sums, self._sums = {name: one.cpu().double().numpy() for name, one in self._sums.items()}, {}
         if windows is None:
-            patches = self._grid.num_patches
-            means = _in_float64(values[..., self._grid.num_prefix_tokens :].sum(dim=-1))
-        else:
-            patches = windows.grid.num_patches
-            is_patch = windows.is_patch[_numbers(tile, windows)].to(values.device)
-            means = self._whole_images(_in_float64((values * is_patch[:, None]).sum(dim=-1)), len(windows.patches))
-        return np.moveaxis(means / patches, 0, 1) if means.shape[1] else None
+            return {name: one / self._grid.num_patches for name, one in sums.items()}
+        whole = self._join_windows(sums, len(windows.patches))
+        means = {name: one / windows.grid.num_patches for name, one in whole.items()}
+        return means if len(next(iter(means.values()))) else None
 
-    def _of_whole(self, tile: AttentionTile) -> PatchQueries | None:
+    def _add_queries(self, tile: AttentionTile, attention: PatchAttention) -> None:
+        dtype = wide(tile.probabilities.device)
+        for name, values in check_values(
+            self._values.per_query(attention, disposable=tile.disposable), Tensor | QuerySum
+        ).items():
+            total = values.total if isinstance(values, QuerySum) else self._sum(name, values, attention)
+            if total.shape[:2] != attention.weights.shape[:2]:
+                raise InputError(
+                    f"the sum over queries {name!r} has shape {tuple(total.shape)}; it must be (image, head, ...), here "
+                    f"{tuple(attention.weights.shape[:2])}"
+                )
+            if name not in self._sums:
+                self._sums[name] = total.new_zeros(len(total), tile.num_heads, *total.shape[2:], dtype=dtype)
+            self._sums[name][:, tile.heads] += total
+
+    def _sum(self, name: str, values: Tensor, attention: PatchAttention) -> Tensor:
+        """The sum over patch queries."""
+        if values.shape[:3] != attention.weights.shape[:3]:
+            raise InputError(
+                f"the value {name!r} has shape {tuple(values.shape)}; a measure returns one value per image, head and query, "
+                f"here {tuple(attention.weights.shape[:3])}"
+            )
+        values = values.to(wide(values.device))
+        if attention.patch_index is not None:  # queries that only pad a window do not count
+            counts = (attention.patch_index[:, attention.query_index] >= 0)[:, None, :].to(values.device)
+            values = values * counts.view(*counts.shape, *[1] * (values.ndim - 3))
+        return values.sum(dim=2)
+
+    def _whole_image(self, tile: AttentionTile) -> PatchAttention | None:
         self._grid.check_tokens(tile.num_tokens)
         first = self._grid.num_prefix_tokens
         start, stop = max(tile.queries.start, first), tile.queries.stop
         if stop <= start:
             return None
-        asking = slice(start - tile.queries.start, None)
-        probabilities = tile.probabilities[:, :, asking]
-        return PatchQueries(
-            probabilities=probabilities,
-            scores=None if tile.scores is None else tile.scores[:, :, asking],
-            attention=probabilities[..., first:],
-            distances=partial(self._distances.of, start - first, stop - first, probabilities),
-            query_index=slice(start, stop),
-            disposable=tile.disposable,
-        )
+        weights = tile.probabilities[:, :, start - tile.queries.start :]
 
-    def _of_windows(self, tile: AttentionTile, windows: Windows) -> PatchQueries:
+        def pairs(function: OffsetFunction, in_patches: bool) -> Tensor:
+            return self._pairs.rows((function, in_patches), self._grid, start - first, stop - first, weights)
+
+        return PatchAttention(weights, first, self._grid, slice(start, stop), _pairs=pairs)
+
+    def _within_windows(self, tile: AttentionTile, windows: Windows) -> PatchAttention:
         if tile.num_tokens != windows.patches.shape[1]:
             raise InputError(
                 f"attention of layer {tile.layer} ({tile.name}) is over {tile.num_tokens} tokens, but its windows have "
                 f"{windows.patches.shape[1]}; pass the windows of the images that the model saw"
             )
-        which = _numbers(tile, windows)
-        is_patch = windows.is_patch[which].to(tile.probabilities.device)
-        return PatchQueries(
-            probabilities=tile.probabilities,
-            scores=tile.scores,
-            attention=tile.probabilities * is_patch[:, None, None, :],
-            distances=lambda: windows.distances(which, tile.queries)[:, None].to(tile.probabilities),
-            query_index=tile.queries,
-            disposable=tile.disposable,
-        )
+        # A batch holds the windows of its first image, then those of the second, and so on.
+        which = torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
 
-    def _whole_images(
-        self, sums: Float[np.ndarray, "value window head"], windows: int
-    ) -> Float[np.ndarray, "value image head"]:
-        """The sums of whole images; the windows of one that is not complete wait for the rest of it."""
-        waiting = np.concatenate([*self._waiting, sums], axis=1)
-        images = waiting.shape[1] // windows
-        self._waiting = [waiting[:, images * windows :]]
-        whole = waiting[:, : images * windows]
-        return whole.reshape(len(whole), images, windows, whole.shape[2]).sum(axis=2)
+        def pairs(function: OffsetFunction, in_patches: bool) -> Tensor:
+            values = self._pairs.in_windows((function, in_patches), tile.layer, windows)
+            return values[which][:, None, tile.queries].to(tile.probabilities)
+
+        return PatchAttention(tile.probabilities, 0, windows.grid, tile.queries, windows.patches[which], _pairs=pairs)
+
+    def _join_windows(self, sums: dict[str, np.ndarray], windows: int) -> dict[str, np.ndarray]:
+        """Sums over the windows of whole images; the windows of an incomplete image wait for the rest of it."""
+        joined = {}
+        for name, of_windows in sums.items():
+            pending = np.concatenate([*self._pending.get(name, []), of_windows])
+            images = len(pending) // windows
+            self._pending[name] = [pending[images * windows :]]
+            joined[name] = pending[: images * windows].reshape(images, windows, *pending.shape[1:]).sum(axis=1)
+        return joined
 
 
-def _numbers(tile: AttentionTile, windows: Windows) -> Int[Tensor, "window"]:
-    """Which windows of their images a tile is of."""
-    return torch.arange(tile.images.start, tile.images.stop) % len(windows.patches)
+class OffsetMeans:
+    """The expectation of a function of the offset from query to key under each query's attention to patches.
+
+    Args:
+        name: Of the value.
+        function: Of the offsets.
+        in_patches: Whether it takes offsets in units of patches rather than pixels.
+        renormalize: Whether to rescale the weights on patches to sum to 1.
+    """
+
+    def __init__(self, name: str, function: OffsetFunction, *, in_patches: bool, renormalize: bool) -> None:
+        self._name = name
+        self._function = function
+        self._in_patches = in_patches
+        self._renormalize = renormalize
+        self._products = Workspace()
+
+    def per_query(self, attention: PatchAttention, *, disposable: bool) -> QueryValues:
+        weights = attention.to_patches
+        mass = weights.sum(dim=-1)
+        # Fresh memory for a product as large as a tile costs more than the product; a tile that nobody reads any more has some.
+        products = weights if disposable else self._products.take(weights.shape, weights.dtype, weights.device)
+        expectation = torch.mul(weights, attention._offsets(self._function, self._in_patches), out=products).sum(dim=-1)
+        dtype = wide(weights.device)
+        expectation, mass = expectation.to(dtype), mass.to(dtype)
+        if self._renormalize:
+            # A mass that rounds to 0 leaves the value 0 rather than NaN.
+            expectation = expectation / mass.clamp_min(torch.finfo(torch.float32).tiny)
+        return {self._name: expectation, "patch_mass": mass}
 
 
-def _in_float64(values: Tensor) -> np.ndarray:
-    return values.cpu().double().numpy()
+class ReceivedMeans:
+    """Values of the attention that tokens receive in each image, gathered tile by tile.
 
+    Args:
+        grid: Where the patches lie.
+        function: From the attention received to named values (image, head, ...).
+    """
 
-class _Distances:
-    """Distances from some patches to all."""
-
-    def __init__(self, grid: TokenGrid) -> None:
+    def __init__(
+        self, grid: TokenGrid, function: Callable[[ReceivedAttention], Mapping[str, Float[Tensor, "image head *values"]]]
+    ) -> None:
         self._grid = grid
-        self._all = grid.num_patches**2 <= _KEPT_DISTANCES
-        self._memory = Workspace()
-        self._held: tuple[Any, ...] = ()  # what the memory holds
+        self._function = function
+        self._received: Tensor | None = None
 
-    def of(self, start: int, stop: int, like: Tensor) -> Float[Tensor, "query patch"]:
-        """Those of the patches `start` to `stop`, of the type and on the device of `like`."""
-        first, last = (0, self._grid.num_patches) if self._all else (start, stop)
-        distances = self._memory.take((last - first, self._grid.num_patches), like.dtype, like.device)
-        if self._held != (first, last, like.dtype, like.device):
-            self._grid.distances(first, last, device=like.device, out=distances)
-            self._held = (first, last, like.dtype, like.device)
-        return distances[start - first : stop - first]
+    def add(self, tile: AttentionTile) -> dict[str, Float[np.ndarray, "image head *values"]] | None:
+        """The values of the images that the tile completes, in float64; None if it completes none."""
+        self._grid.check_tokens(tile.num_tokens)
+        first = self._grid.num_prefix_tokens
+        if tile.queries.start == tile.heads.start == 0:
+            shape = len(tile.probabilities), tile.num_heads, tile.num_tokens
+            self._received = tile.probabilities.new_zeros(shape, dtype=wide(tile.probabilities.device))
+        assert self._received is not None
+        patch_queries = tile.probabilities[:, :, max(first - tile.queries.start, 0) :]
+        self._received[:, tile.heads] += patch_queries.sum(dim=2)
+        if tile.queries.stop < tile.num_tokens or tile.heads.stop < tile.num_heads:
+            return None
+        received, self._received = self._received / self._grid.num_patches, None
+        values = check_values(self._function(ReceivedAttention(received[..., first:], received[..., :first], self._grid)))
+        for name, one in values.items():
+            if one.shape[:2] != received.shape[:2]:
+                raise InputError(
+                    f"the value {name!r} has shape {tuple(one.shape)}; a measure of received attention returns one value per "
+                    f"image and head, here {tuple(received.shape[:2])}"
+                )
+        return {name: one.cpu().double().numpy() for name, one in values.items()}
+
+
+_Kernel = tuple[OffsetFunction, bool]  # a function of offsets, and whether it takes them in patches
+
+
+class _PairValues:
+    """Functions of the offset from some patches to all, kept where that takes little memory."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[_Kernel, TokenGrid], OffsetTable] = {}
+        self._memory: dict[_Kernel, Workspace] = {}
+        self._held: dict[_Kernel, tuple[Any, ...]] = {}  # what each memory holds
+        self._windows: dict[tuple[_Kernel, int], Tensor] = {}
+
+    def rows(self, kernel: _Kernel, grid: TokenGrid, start: int, stop: int, like: Tensor) -> Float[Tensor, "query patch"]:
+        """Values from the patches `start` to `stop`, of the type and on the device of `like`."""
+        whole = grid.num_patches**2 <= _KEPT_PAIRS
+        first, last = (0, grid.num_patches) if whole else (start, stop)
+        values = self._memory.setdefault(kernel, Workspace()).take((last - first, grid.num_patches), like.dtype, like.device)
+        held = (grid, first, last, like.dtype, like.device)
+        if self._held.get(kernel) != held:
+            self._table(kernel, grid).rows(first, last, device=like.device, out=values)
+            self._held[kernel] = held
+        return values[start - first : stop - first]
+
+    def in_windows(self, kernel: _Kernel, layer: int, windows: Windows) -> Float[Tensor, "window query token"]:
+        """Values within all the windows of a layer."""
+        if (kernel, layer) not in self._windows:
+            self._windows[kernel, layer] = windows.pairs(self._table(kernel, windows.grid))
+        return self._windows[kernel, layer]
+
+    def _table(self, kernel: _Kernel, grid: TokenGrid) -> OffsetTable:
+        if (kernel, grid) not in self._tables:
+            function, in_patches = kernel
+            self._tables[kernel, grid] = OffsetTable(grid, function, in_patches=in_patches)
+        return self._tables[kernel, grid]
+
+
+def _right(dx: Tensor, dy: Tensor) -> Tensor:
+    return dx
+
+
+def _down(dx: Tensor, dy: Tensor) -> Tensor:
+    return dy
+
+
+# Columns of the tables of results, which a value would overwrite.
+_COLUMNS = ("image", "name", "layer", "module", "head", "std", "confidence", "num_windows", "num_images")
+_FIELDS = ("measure", "unit", "label", "values", "uniform", "per_image", "names", "modules", "options", "provenance")
+_METHODS = ("main", "plot", "plot_panel", "panel_title", "save", "summary", "key_numbers", "csv_table", "to_dataframe")
+_RESERVED = (*_COLUMNS, *_FIELDS, *_METHODS)  # named values are columns of the table and attributes of the result
+
+
+def check_values(values: Any, kind: Any = Tensor) -> Mapping[str, Any]:
+    """Return what the function of a measure returned if it is a dictionary of tensors under names that a table can have.
+
+    Args:
+        values: What the function returned.
+        kind: Type that each value must have.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise InputError(f"the function of a measure must return a dictionary of named tensors; got {type(values).__name__}")
+    for name, value in values.items():
+        if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED or name.startswith(("uniform_", "_")):
+            raise InputError(
+                f"a value is called {name!r}; names must be identifiers that begin neither with 'uniform_' nor with '_', and "
+                f"none of {', '.join(_RESERVED)}"
+            )
+        if not isinstance(value, kind):
+            raise InputError(f"the value {name!r} must be a tensor; got {type(value).__name__}")
+    return values
+
+
+@contextmanager
+def read_only(tensor: Tensor, name: str) -> Iterator[None]:
+    """Raise InputError if `tensor` is written to within the context.
+
+    The memory is the model's own, or is shown to other measures afterwards: whatever is written to it corrupts their numbers.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    yield
+    if version is not None and tensor._version != version:
+        raise InputError(f"{name} wrote to the tensor that it was given; work on a copy, as out-of-place operations do")
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The type for sums: float64, which MPS does not know."""
+    """The type for sums: float64, which MPS does not have."""
     return torch.float32 if device.type == "mps" else torch.float64

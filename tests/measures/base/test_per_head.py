@@ -1,18 +1,17 @@
-"""Distance and entropy of every head in one table."""
+"""Results with values per head: several of them in one table, layers of fewer heads."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.example_models import images, small_vit, swin, transformers_vit
-from vit_probe import InputError, attention_entropy, mean_attention_distance
-from vit_probe.measures import AttentionDistance, AttentionDistanceResult, AttentionEntropy, AttentionEntropyResult
-from vit_probe.measures.head_table import head_table
-from vit_probe.runner.run import AttentionRun
+from vit_probe import InputError, attention_entropy, local_mass, mean_attention_distance, measure
+from vit_probe.measures.base.per_head import HeadResult, head_table
 
 COLUMNS = [
     *("layer", "module", "head"),
@@ -21,15 +20,15 @@ COLUMNS = [
 ]
 
 
-def measured(model: Any, x: Any) -> tuple[AttentionDistanceResult, AttentionEntropyResult]:
-    """Of one pass."""
-    run = AttentionRun(model, x, batch_size=2, device="cpu")
-    far, broad = AttentionDistance(run.grid, windows=run.windows), AttentionEntropy(run.grid, windows=run.windows)
-    run.observe(far, broad)
-    return far.compute(run.provenance(far.options)), broad.compute(run.provenance(broad.options))
+def measured(model: Any, x: Any) -> list[HeadResult]:
+    """Distance and entropy from one pass."""
+    return measure(model, x, [mean_attention_distance, attention_entropy], batch_size=2, device="cpu")
 
 
-def test_each_row_holds_what_the_two_results_say_of_a_head() -> None:
+# head_table
+
+
+def test_each_row_holds_the_values_of_both_results() -> None:
     model, x = small_vit(depth=3, num_registers=1), images()
     table = head_table(*measured(model, x))
     assert list(table) == COLUMNS
@@ -37,12 +36,12 @@ def test_each_row_holds_what_the_two_results_say_of_a_head() -> None:
     distance, entropy = mean_attention_distance(model, x, device="cpu"), attention_entropy(model, x, device="cpu")
     sources: dict[str, np.ndarray] = {
         "distance": distance.distance,
-        "distance_std": distance.std,
-        "distance_confidence": distance.confidence,
+        "distance_std": distance.std["distance"],
+        "distance_confidence": distance.confidence["distance"],
         "patch_mass": distance.patch_mass,
         "entropy": entropy.entropy,
-        "entropy_std": entropy.std,
-        "entropy_confidence": entropy.confidence,
+        "entropy_std": entropy.std["entropy"],
+        "entropy_confidence": entropy.confidence["entropy"],
         "prefix_mass": entropy.prefix_mass,
         "self_mass": entropy.self_mass,
     }
@@ -50,7 +49,7 @@ def test_each_row_holds_what_the_two_results_say_of_a_head() -> None:
         np.testing.assert_allclose(table[name], values.ravel(), rtol=1e-5, atol=1e-7, err_msg=name)
     np.testing.assert_allclose(table.patch_mass + table.prefix_mass, 1, rtol=1e-6)
     assert set(table.num_images) == {3}
-    assert set(table.uniform_entropy) == {np.log(14)}
+    np.testing.assert_allclose(table.uniform_entropy, np.log(14), rtol=1e-12)
 
 
 def test_layers_of_fewer_heads() -> None:
@@ -60,7 +59,7 @@ def test_layers_of_fewer_heads() -> None:
     assert not table.isna().any().any()
 
 
-def test_what_was_passed_by_is_told() -> None:
+def test_skipped_attention_is_named_in_the_attributes() -> None:
     table = head_table(*measured(transformers_vit("SiglipVision", image_size=32), images(32, 32)))
     assert table.attrs["skipped"].keys() == {"head.attention"}
 
@@ -68,6 +67,18 @@ def test_what_was_passed_by_is_told() -> None:
 def test_results_without_provenance() -> None:
     distance, entropy = measured(small_vit(), images())
     assert len(head_table(replace(distance, provenance={}), replace(entropy, provenance={}))) == 4
+
+
+def test_a_column_of_both_results_appears_once() -> None:
+    """Distance and local mass both have the mass on patches, which differs by rounding if they are measured apart."""
+    model, x = small_vit(), images()
+    distance, local = mean_attention_distance(model, x, device="cpu"), local_mass(model, x, batch_size=1, device="cpu")
+    local.values["patch_mass"] *= 1 + 1e-12
+    table = head_table(distance, local)
+    assert len(table) == 4
+    assert list(table).count("patch_mass") == 1
+    np.testing.assert_array_equal(table["patch_mass"], distance.patch_mass.ravel())
+    np.testing.assert_array_equal(table["local_mass"], local.local_mass.ravel())
 
 
 @pytest.mark.parametrize(
@@ -82,5 +93,12 @@ def test_results_without_provenance() -> None:
 def test_results_that_do_not_belong_together(model: dict[str, int], batch: int, seed: int, differs: str) -> None:
     distance, _ = measured(small_vit(), images())
     _, entropy = measured(small_vit(**model), images(batch=batch, seed=seed))
-    with pytest.raises(InputError, match=f"that differ in their {differs} do not make one table; measure both in one pass"):
+    with pytest.raises(InputError, match=f"that differ in their {differs} do not make one table; measure them in one pass"):
         head_table(distance, entropy)
+
+
+def test_one_measure_with_two_options_makes_no_table() -> None:
+    both = [mean_attention_distance, partial(mean_attention_distance, prefix="drop")]
+    results = measure(small_vit(), images(), both, device="cpu")
+    with pytest.raises(InputError, match=r"different values of distance.* do not make one table; head_table takes one result"):
+        head_table(*results)
