@@ -1,10 +1,11 @@
-"""Runs the studies, and writes what they found into the gallery's page, `figures/README.md`, between its two markers.
+"""Run the studies, and write their findings into the gallery's page, `figures/README.md`, between its two markers.
 
 python -m analyses.gallery
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,8 +16,7 @@ import typer
 
 from analyses.study import VERDICTS
 from vit_probe.atomic_io import write_bytes
-from vit_probe.cli.console import run
-from vit_probe.cli.options import Format
+from vit_probe.cli.study import Format, run_study
 from vit_probe.errors import InputError
 
 __all__ = ["STUDIES", "page", "section"]
@@ -37,7 +37,7 @@ BEGIN, END = "<!-- studies -->", "<!-- /studies -->"
 
 
 def section(name: str, folder: Path) -> str:
-    """A study in Markdown: its picture, what its module says of it, the weights, and its finding."""
+    """A study in Markdown: its picture, the docstring of its module, its finding, and its weights."""
     kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     title, _, rest = (import_module(f"analyses.{name}").__doc__ or "").strip().partition("\n\n")
     weights = ", ".join(dict.fromkeys(_weights(kept["provenance"])))
@@ -52,14 +52,14 @@ def section(name: str, folder: Path) -> str:
 
 
 def page(text: str, folder: Path) -> str:
-    """The gallery's page with the studies between the markers anew."""
+    """The gallery's page with the part between the markers replaced."""
     before, _, rest = text.partition(BEGIN)
     studies = "\n\n".join(section(name, folder) for name in STUDIES)
     return f"{before}{BEGIN}\n\n{studies}\n\n{END}{rest.partition(END)[2]}"
 
 
 def _weights(provenance: Any) -> Iterator[str]:
-    """The models that a provenance names, at any depth, each with the beginning of its weights' hash."""
+    """The models in a provenance, at any depth, each with the first digits of its weights' hash."""
     if isinstance(provenance, dict):
         if "weights_sha256" in provenance:
             yield f"`{provenance.get('name', 'model')}` ({provenance['weights_sha256'][:8]})"
@@ -68,17 +68,21 @@ def _weights(provenance: Any) -> Iterator[str]:
 
 
 def main(out: Annotated[Path, typer.Option(help="Folder of the gallery.")] = Path("figures")) -> None:
-    """Runs every study on the bundled model, and writes the gallery's page."""
+    """Run every study on its default model, and write the gallery's page."""
     readme = out / "README.md"
     if not readme.is_file():
-        raise InputError(f"there is no {readme}; run this in the root of a clone, or name the folder of the gallery")
+        raise InputError(f"there is no {readme}; run this in the root of a clone, or pass the folder of the gallery as --out")
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InputError(f"{readme} must have {BEGIN} and {END} once each, in this order; the studies are written between them")
+        raise InputError(
+            f"{readme} must contain {BEGIN} and {END} once each, in this order; the studies are written between them"
+        )
     for name in STUDIES:
-        import_module(f"analyses.{name}").main(out=out, format=[Format.png, Format.pdf])
+        study = import_module(f"analyses.{name}").main
+        options = inspect.signature(study, eval_str=True).parameters["options"].annotation
+        study(options(out=out, format=[Format.png, Format.pdf]))
     write_bytes(readme, page(text, out).encode())
 
 
 if __name__ == "__main__":
-    run(main)
+    run_study(main)

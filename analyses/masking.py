@@ -1,10 +1,11 @@
-"""Layers that see some patches only, and a second task for training: the pixels of the patches that they did not see."""
+"""Hiding patches from the layers, and a second task for training: predicting the pixels of the hidden patches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,7 +23,7 @@ __all__ = ["Choice", "Reconstruction", "seen_patches"]
 
 @dataclass
 class Choice:
-    """The patches of each image that the layers saw in the last forward pass, and those that they did not."""
+    """The patches of each image that the layers saw in the last forward pass, and those that were hidden."""
 
     seen: Int[Tensor, "batch patch"]
     hidden: Int[Tensor, "batch patch"]
@@ -30,9 +31,10 @@ class Choice:
 
 @contextmanager
 def seen_patches(model: VisionTransformer, share: float) -> Iterator[Choice]:
-    """For the `with` block, layers see the prefix tokens and a random share of the patches of each image.
+    """Within the `with` block, the layers see the prefix tokens and a random share of the patches of each image.
 
-    Positions are added before. The yielded choice is filled anew by each forward pass.
+    Patches keep their positions: those that are added to the tokens are added before, and those in the attention are told
+    which patches are left. Each forward pass updates the yielded choice.
 
     References:
         Liu et al. 2022, arXiv:2208.07220 (PatchDropout).
@@ -48,19 +50,25 @@ def seen_patches(model: VisionTransformer, share: float) -> Iterator[Choice]:
             return None
         return torch.cat([tokens[:, :prefix], _gather(tokens[:, prefix:], choice.seen)], dim=1)
 
-    handle = model.pos_drop.register_forward_hook(choose)
+    def place(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tokens, mask, positions = inputs
+        return (tokens, mask, replace(positions, index=choice.seen)) if choice.hidden.shape[1] else None
+
+    handles = [model.pos_drop.register_forward_hook(choose)]
+    handles += [block.register_forward_pre_hook(place) for block in model.blocks]
     try:
         yield choice
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Reconstruction(nn.Module):
-    """Predicts the pixels of hidden patches from the tokens of the seen ones, knowing where each hidden one lies.
+    """Predicts the pixels of hidden patches from the tokens of the seen ones.
 
-    Only the tokens themselves tell where a seen patch lies, and hidden patches are asked for by the model's own position
-    embeddings: to find what lies beside a hidden patch, the positions must come to say what lies beside what. Of a model
-    without any they are asked for by a sine-cosine table that this task alone knows.
+    Where a seen patch lies is known from its token only, and hidden patches are asked for by the model's own position
+    embeddings: the task can only be solved if the positions come to tell which patches are neighbours. If the model adds no
+    position embedding to its tokens, hidden patches are asked for by a sine-cosine table of this task.
 
     References:
         He et al. 2022, arXiv:2111.06377 (MAE); Liang et al. 2022, arXiv:2205.14540 (with labels, SupMAE).
@@ -92,10 +100,10 @@ class Reconstruction(nn.Module):
         """Mean squared error of the pixels of the hidden patches.
 
         Args:
-            images: What the model was given.
-            tokens: What `forward_features` returned.
-            positions: The position embedding of every patch; None of a model without any.
-            choice: Which patches the tokens are of.
+            images: The model's input.
+            tokens: What `forward_features` returned for it.
+            positions: Position embeddings of all patches; None if the model adds none to its tokens.
+            choice: The patches that the layers saw.
         """
         asked = self.from_position((self.places if positions is None else positions)[choice.hidden])
         x = torch.cat([self.from_token(tokens[:, self.prefix :]), asked], dim=1)

@@ -1,4 +1,4 @@
-"""Small images for training: read into memory, and varied anew in every epoch."""
+"""Small images for training: reading them into memory, and augmenting them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ SHEET_COLUMNS = 20
 
 @dataclass(frozen=True)
 class Split:
-    """Images with the number of the class of each, and the classes' names in the order of their numbers."""
+    """Images with their labels.
+
+    Args:
+        images: The pixels.
+        labels: Index of the class of each image.
+        classes: Name of each class.
+    """
 
     images: UInt8[Tensor, "image channel row col"]
     labels: Int[Tensor, " image"]
@@ -31,7 +37,7 @@ class Split:
 
 
 def read_data(folder: Path, size: int) -> tuple[Split, Split]:
-    """The images in `train` and in `val`.
+    """Read the images in `train` and in `val`.
 
     Raises:
         InputError: If `train` or `val` is missing, they do not hold the same classes, or a file cannot be read.
@@ -39,15 +45,15 @@ def read_data(folder: Path, size: int) -> tuple[Split, Split]:
     train, val = read_split(folder / "train", size), read_split(folder / "val", size)
     if train.classes != val.classes:
         apart = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(f"{folder}: train and val do not hold the same classes; in one only: {', '.join(apart[:5])}")
+        raise InputError(f"{folder}: train and val have different classes; only one of them has {', '.join(apart[:5])}")
     return train, val
 
 
 def read_split(folder: Path, size: int) -> Split:
-    """The images in a folder, cut and resized to `size` x `size` pixels; classes are sorted by name.
+    """Read the images in a folder, cropped and resized to `size` x `size` pixels; classes are sorted by name.
 
-    It holds, for each class, either a picture that is a sheet of square images, 20 in a row, whose last row may end in black
-    ones; or a folder of images.
+    For each class, the folder holds either a sheet of square images, 20 per row, of which the last ones may be black padding,
+    or a folder of images.
 
     Raises:
         InputError: If it is missing, or a file cannot be read.
@@ -73,8 +79,8 @@ def _cut(path: Path, size: int) -> list[np.ndarray]:
     side = sheet.width // SHEET_COLUMNS
     if sheet.width % SHEET_COLUMNS or not side or sheet.height % side:
         raise InputError(
-            f"{path} is {sheet.width} x {sheet.height} pixels, no sheet of square images, {SHEET_COLUMNS} in a row; "
-            "a class is one such sheet or one folder of images"
+            f"{path} is {sheet.width} x {sheet.height} pixels, which is not a sheet of square images, {SHEET_COLUMNS} per row; "
+            "pass one such sheet or one folder of images per class"
         )
     corners = [(left, top) for top in range(0, sheet.height, side) for left in range(0, sheet.width, side)]
     tiles = [sheet.crop((left, top, left + side, top + side)) for left, top in corners]
@@ -84,15 +90,16 @@ def _cut(path: Path, size: int) -> list[np.ndarray]:
 
 
 def normalize(images: Tensor) -> Float[Tensor, "image channel row col"]:
-    """Values from 0 to 255, standardised with ImageNet's mean and standard deviation."""
+    """Standardise pixel values (0 to 255) with the mean and standard deviation of ImageNet."""
     mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() - mean) / std
 
 
 def augment(images: UInt8[Tensor, "image channel row col"], random: torch.Generator) -> Float[Tensor, "image channel row col"]:
-    """A random part of each image, mirrored, turned and sheared a little, in other colours; standardised.
+    """Crop, mirror, rotate, shear and recolour each image at random, and standardise it.
 
-    Of RandAugment (arXiv:1909.13719) the geometric operations, here one affine sampling, and the usual three of colour.
+    The geometric operations are those of RandAugment (arXiv:1909.13719), here as a single affine sampling; the colour
+    operations are saturation, contrast and brightness.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -116,10 +123,10 @@ def augment(images: UInt8[Tensor, "image channel row col"], random: torch.Genera
 
 
 def mix(images: Tensor, random: torch.Generator) -> tuple[Tensor, Int[Tensor, " image"], float]:
-    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899), as likely, of a batch with itself in another order.
+    """Mix a batch with itself in another order, by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899), equally likely.
 
     Returns:
-        The mixed images, the index of each one's partner, and the share of its own pixels in it.
+        The mixed images, the index of each image's partner, and the share of each image's own pixels.
     """
     partner = torch.randperm(len(images), generator=random).to(images.device)
     choice, share, row, col = torch.rand(4, generator=random).tolist()

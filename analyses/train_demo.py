@@ -1,13 +1,13 @@
-"""Trains the model that comes with the package.
+"""Train the model that comes with the package.
 
     python -m analyses.train_demo DATA --out out/train_demo
 
-DATA holds `train` and `val`; in each, either one sheet of small images a class or one folder of images a class (see
+DATA holds `train` and `val`; each holds, for each class, either one sheet of small images or one folder of images (see
 `small_images.read_split`). They must fit into memory. The recipe is `training.Recipe`.
 
-Stopped at any moment, the same command goes on after the last whole epoch. OUT holds `log.csv`, `curve.png`,
-`model.safetensors` (the averaged weights in float16), such weights after 0, 1, 2, 4, 8, ... epochs in `snapshots`, and
-`state.pt`, from which training goes on.
+If a training is interrupted at any moment, the same command continues after the last complete epoch. OUT receives `log.csv`,
+`curve.png`, `model.safetensors` (the averaged weights in float16), the same weights after 0, 1, 2, 4, 8, ... epochs in
+`snapshots`, and `state.pt`, from which training continues.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from analyses.small_images import read_data
 from analyses.training import Recipe, accuracy, fit
 from vit_probe import InputError, Preprocessing, VisionTransformer, ViTConfig
 from vit_probe.atomic_io import writable_folder
-from vit_probe.cli.console import run
-from vit_probe.models.config import ResNetConfig
+from vit_probe.cli.study import run_study
+from vit_probe.models.config import Position, ResNetConfig
 
-LOCALITY = 0.75  # size of the early layers' query and key projections: how much a token prefers its like
-FILTERS = 0.01  # of their usual size at the start, so that what is seen in them later was learned
+LOCALITY = 0.75  # scale of the early layers' query and key projections: how strongly a token prefers similar tokens
+FILTERS = 0.01  # initial scale of the patch filters, so that their structure after training was learned
 
 
 @torch.no_grad()
 def initialise(model: VisionTransformer) -> VisionTransformer:
-    """Random weights to start from: where they are not the usual ones, those that little data calls for.
+    """Initialise the weights for training on little data.
 
-    Matrices as in the ViT paper's code (Xavier), and positions as large as in its successor big_vision's. In the first third
-    of the layers queries and keys project alike, so that a token first attends to what resembles it, itself above all (a part
-    of mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828); where attention goes from there is learned.
+    Matrices are initialised as in the ViT paper's code (Xavier), and positions are as large as in its successor, big_vision. In
+    the first third of the layers, queries and keys are projected alike, so that a token first attends to similar tokens, above
+    all to itself (a part of mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828); how attention moves on from
+    there is learned.
     """
     for layer, block in enumerate(model.blocks):
         query, key, value = block.attn.qkv.weight.chunk(3)
@@ -53,38 +54,36 @@ def initialise(model: VisionTransformer) -> VisionTransformer:
 
 
 def small_resnet(patch_size: int) -> ResNetConfig:
-    """The smallest ResNet of the papers' kind whose map has a cell for each patch: one unit a stage, 32 channels at its root.
+    """The smallest ResNet of the papers' kind whose map has one cell per patch: one unit per stage, 32 channels at its root.
 
     Raises:
-        InputError: If such maps have cells of other sizes only.
+        InputError: If no such map has cells of this size.
     """
     resnet = ResNetConfig((1,) * (patch_size // 4).bit_length(), width=32)
     if resnet.stride != patch_size:
-        raise InputError(f"a hybrid has patches of 4, 8, 16, ... pixels, got {patch_size}; choose another --patch-size")
+        raise InputError(f"a hybrid must have patches of 4, 8, 16, ... pixels, got {patch_size}; pass another --patch-size")
     return resnet
 
 
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with `train` and `val`.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, the log and the state.")] = Path("out/train_demo"),
-    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
-    patch_size: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 8,
-    width: Annotated[int, typer.Option(help="Width of the tokens.")] = 144,
+    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 64,
+    patch_size: Annotated[int, typer.Option(help="Side of a patch, in pixels.")] = 8,
+    width: Annotated[int, typer.Option(help="Dimension of the tokens.")] = 144,
     depth: Annotated[int, typer.Option(help="Number of layers.")] = 9,
-    heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 6,
-    position: Annotated[
-        Literal["none", "learned_1d", "learned_2d", "sincos_2d"], typer.Option(help="Position embedding.")
-    ] = "learned_1d",
+    heads: Annotated[int, typer.Option(help="Number of heads per layer.")] = 6,
+    position: Annotated[Position, typer.Option(help="Position embedding.")] = "learned_1d",
     stem: Annotated[
         Literal["patches", "hybrid"],
-        typer.Option(help="Tokens from patches of pixels, or from the cells of a small ResNet's map."),
+        typer.Option(help="Make tokens from patches of pixels, or from the cells of a small ResNet's map."),
     ] = "patches",
     drop_path: Annotated[float, typer.Option(help="Rate of stochastic depth in the last layer.")] = 0.05,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Changes the recipe; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change the recipe; may be repeated.")
     ] = None,
 ) -> None:
-    """Trains the model that comes with the package."""
+    """Train the model that comes with the package."""
     recipe = Recipe().changed(settings or [])
     resnet = small_resnet(patch_size) if stem == "hybrid" else None
     config = ViTConfig(
@@ -107,4 +106,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_study(main)

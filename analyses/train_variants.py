@@ -1,12 +1,13 @@
-"""Trains the small models that the studies `position_similarity` and `hybrid` compare: alike but for what is compared.
+"""Trains the small models that the studies `position_similarity` and `hybrid` compare; they differ in one choice each.
 
     python -m analyses.train_variants DATA --work out/variants
 
-Each is `train_demo`'s model made smaller and trained for less time, with the same recipe and seed as the others; without
-positions, the second task (see `masking.Reconstruction`) asks for patches by a table of its own, and a hybrid's ResNet sees
-part of the patches that are hidden from its layers. OUT receives the weights in float16, and `variants.csv` with their accuracy
-on `val` in float32 and the command that trains each alone; WORK receives what `train_demo` leaves. Stopped at any moment, the
-same command goes on. What follows `--` goes to `train_demo` as it is.
+Each is a smaller version of `train_demo`'s model, trained for less time, with the same recipe and seed as the others. Two
+differences remain: if no position embedding is added to the tokens (`none` and `relative`), the second task (see
+`masking.Reconstruction`) asks for patches by a table of its own; and a hybrid's ResNet sees some of the patches that are hidden
+from its layers. The folder `--out` receives the weights in float16, and `variants.csv` with their accuracy on `val`, computed
+in float32, and the command that trains each one; the folder `--work` receives the output of `train_demo`. An interrupted
+training is continued by the same command. Options after `--` are passed to `train_demo`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from analyses.small_images import read_split
 from analyses.training import accuracy
 from vit_probe import InputError, load_model
 from vit_probe.atomic_io import writable_folder, write_bytes
-from vit_probe.cli.console import command, run
+from vit_probe.cli.study import run_study, single_command
 
 VARIANTS = {
     "none": {"position": "none", "stem": "patches"},
     "learned_1d": {"position": "learned_1d", "stem": "patches"},
     "learned_2d": {"position": "learned_2d", "stem": "patches"},
+    "relative": {"position": "relative", "stem": "patches"},
     "sincos_2d": {"position": "sincos_2d", "stem": "patches"},
     "hybrid": {"position": "learned_1d", "stem": "hybrid"},
 }
@@ -38,16 +40,16 @@ FOLDER = Path(__file__).parent / "variants"
 
 
 def read_variants(folder: Path) -> pd.DataFrame:
-    """The table of the trained variants, by name.
+    """The table of trained variants, indexed by name.
 
     Raises:
-        InputError: If there is none in the folder, or it lacks a variant.
+        InputError: If the folder has no table, or the table lacks a variant.
     """
     if not (folder / "variants.csv").is_file():
         raise InputError(f"there is no {folder}/variants.csv; `python -m analyses.train_variants DATA` makes it")
     table = pd.read_csv(folder / "variants.csv", index_col="variant")
     if absent := [name for name in VARIANTS if name not in table.index]:
-        raise InputError(f"{folder}/variants.csv lacks {', '.join(absent)}; the command that began it goes on")
+        raise InputError(f"{folder}/variants.csv lacks {', '.join(absent)}; rerun the command that started it to continue")
     return table
 
 
@@ -64,7 +66,7 @@ def main(
     for name, kind in VARIANTS.items():
         chosen = ["--position", kind["position"], "--stem", kind["stem"]]
         options = [*SMALL.split(), *chosen, "--set", f"seed={seed}", *(more or [])]
-        command(train_demo.main)([str(data), *options, "--out", str(work / name)], standalone_mode=False)
+        single_command(train_demo.main)([str(data), *options, "--out", str(work / name)], standalone_mode=False)
         shutil.copyfile(work / name / "model.safetensors", out / f"{name}.safetensors")
         model: Any = load_model(out / f"{name}.safetensors")
         log = pd.read_csv(work / name / "log.csv")
@@ -82,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_study(main)

@@ -1,1 +1,1 @@
-"""The same work done by vit_probe and by its peers, side by side, as ratios to the plain forward pass."""
+"""The same work done by vit_probe and by other libraries, as ratios to the plain forward pass."""

@@ -1,11 +1,11 @@
-"""Mean attention distance and class-token rollout by vit_probe and by its peers, side by side.
+"""Mean attention distance and class-token rollout, computed by vit_probe and by other libraries.
 
     python -m benchmarks.attention --case base-196 --case small-4096 --repeats 8 --out benchmarks/results
 
-All methods have the same random weights and see the same images, and none is timed before its numbers agree with vit_probe's.
+All methods use the same random weights and the same images, and no method is timed before its numbers agree with vit_probe's.
 Then they take turns, and each is compared with the plain fused forward pass of its own library's model in the same repeat. Peak
-memory is that of a fresh process for each method. OUT holds `DEVICE-DATE.csv` and `.md`, written anew after each case; what an
-earlier run of the same day found of other cases stays in them.
+memory is measured in a fresh process for each method. OUT receives `DEVICE-DATE.csv` and `.md`, which are rewritten after each
+case; they keep the results for other cases of an earlier run on the same day.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.models import Setting
 from benchmarks.report import Row, header, make_row, read_other_cases, write_tables
 from vit_probe import InputError
 from vit_probe.atomic_io import writable_folder
-from vit_probe.cli.console import run
+from vit_probe.cli.study import run_study
 from vit_probe.runner.run import select_device
 
 __all__ = ["benchmark", "main"]
@@ -39,7 +39,7 @@ _USABLE = 0.85  # of the available memory
 
 
 class Dtype(StrEnum):
-    """Types of weights and images."""
+    """Type of weights and images."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -47,18 +47,16 @@ class Dtype(StrEnum):
 
 
 def main(
-    case: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}; may be repeated; all if left out.")
-    ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Methods to compare; may be repeated; all if left out.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 8,
-    quick_: Annotated[bool, typer.Option("--quick", help="Few images, two repeats, no large case: to try it out.")] = False,
+    case: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}; may be repeated. Default: all.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Method to compare; may be repeated. Default: all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, after one that is not timed.")] = 8,
+    quick_: Annotated[bool, typer.Option("--quick", help="Few images, two repeats and no large case, to try it out.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and images.")] = Dtype.float32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice if left out.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and images.")] = Dtype.float32,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. Default: its own choice.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("benchmarks/results"),
 ) -> None:
-    """Measures attention with vit_probe and with its peers, and writes tables of ratios."""
+    """Measure attention with vit_probe and with other libraries, and write tables of ratios."""
     _check_known(case or (), CASES, "case")
     _check_known(method or (), METHODS, "method")
     chosen = [CASES[name] for name in dict.fromkeys(case or CASES)]
@@ -83,23 +81,23 @@ def benchmark(
     out: Path,
     suffix: str = "",
 ) -> list[Path]:
-    """Measures one case after the other and writes the tables after each.
+    """Measure one case after the other, and write the tables after each.
 
     Args:
-        cases: What to measure.
-        methods: Names of methods, which are run whatever the cases leave out; None for all others.
+        cases: Models and images to measure.
+        methods: Names of methods, which are run even if a case leaves them out; None for all methods that it does not.
         device: Where to run.
-        dtype: Of weights and images.
-        repeats: Rounds that count.
+        dtype: Type of weights and images.
+        repeats: Timed rounds.
         out: Folder for the tables.
-        suffix: Of the files' names.
+        suffix: Suffix of the files' names.
 
     Raises:
-        RuntimeError: If a method measures something else than vit_probe.
+        RuntimeError: If the numbers of a method differ from vit_probe's.
         InputError: If the folder cannot be written, or there is no case.
     """
     if not cases:
-        raise InputError("no case is left; choose a smaller one, or leave out --quick")
+        raise InputError("no case is left; pass a smaller one, or leave out --quick")
     kind = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
     stem = writable_folder(out) / f"{device.type}{kind}-{date.today().isoformat()}{suffix}"
     titles = {case.name: case.title() for case in (*CASES.values(), *cases)}
@@ -115,19 +113,19 @@ def _measure(setting: Setting, methods: Sequence[str] | None, repeats: int) -> l
     """The rows of a case."""
     case, started = setting.case, time.monotonic()
 
-    def tell(what: str) -> None:
-        print(f"{time.monotonic() - started:7.0f} s  {case.name}: {what}", file=sys.stderr, flush=True)
+    def report(progress: str) -> None:
+        print(f"{time.monotonic() - started:7.0f} s  {case.name}: {progress}", file=sys.stderr, flush=True)
 
     listed = list(METHODS) if methods is None else with_floors(methods)
     kept_out = dict(case.left_out) if methods is None else {}
     kept_out |= _too_large(setting, [name for name in listed if name not in kept_out])
     peers = [name for name in listed if name not in kept_out and METHODS[name].floor != name]
     names = with_floors(peers) if peers else [name for name in listed if name not in kept_out]
-    timings = take_turns(setting, names, repeats, tell)
+    timings = take_turns(setting, names, repeats, report)
     peaks = {}
     for name in names:
         peaks[name] = peak_in_fresh_process(setting, name)
-        tell(f"memory of {name} measured")
+        report(f"memory of {name} measured")
     rows = []
     for name in (name for name in listed if name in timings or name in kept_out):
         floor, notes = METHODS[name].floor, [kept_out[name]] if name in kept_out else [METHODS[name].note]
@@ -136,7 +134,7 @@ def _measure(setting: Setting, methods: Sequence[str] | None, repeats: int) -> l
 
 
 def _too_large(setting: Setting, names: list[str]) -> dict[str, str]:
-    """The methods whose attention maps do not fit into memory, with a note that says so."""
+    """The methods whose attention maps do not fit into memory, each with a note."""
     available = available_bytes(setting.device)
     if available is None:
         return {}
@@ -144,11 +142,11 @@ def _too_large(setting: Setting, names: list[str]) -> dict[str, str]:
     return {name: f"does not fit ({size / 1e9:.3g} GB)" for name, size in needed.items() if size > _USABLE * available}
 
 
-def _check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+def _check_known(names: Iterable[str], known: Iterable[str], kind: str) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"there is no {what} {', '.join(unknown)}; choose from {', '.join(known)}")
+        raise InputError(f"there is no {kind} {', '.join(unknown)}; choose from {', '.join(known)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_study(main)

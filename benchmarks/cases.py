@@ -1,4 +1,4 @@
-"""What is measured: models, token counts, images."""
+"""The cases: models, numbers of tokens, images."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Case:
     """A Vision Transformer with a class token, and images for it.
 
     Args:
-        name: For `--case` and the tables.
-        embed_dim: Width of the tokens.
-        depth: Layers.
-        num_heads: Heads of a layer.
+        name: Name for `--case` and the tables.
+        embed_dim: Dimension of the tokens.
+        depth: Number of layers.
+        num_heads: Heads per layer.
         side: Patches along each side of an image.
-        images: How many images there are.
-        batch_size: Images a forward pass, and a repeat.
-        patch_size: Side of a patch in pixels.
-        left_out: Names of methods that are not run unless they are asked for, with the reason.
+        images: Number of images.
+        batch_size: Images per forward pass, and per repeat.
+        patch_size: Side of a patch, in pixels.
+        left_out: Methods that are run only if they are named, each with the reason.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Case:
 
     @property
     def image_size(self) -> int:
-        """Side of an image in pixels."""
+        """Side of an image, in pixels."""
         return self.side * self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """Patches and the class token."""
+        """Number of patches, plus one for the class token."""
         return self.side**2 + 1
 
     def title(self) -> str:
@@ -52,7 +52,7 @@ class Case:
         images = "1 image" if self.images == 1 else f"{self.images} images"
         return (
             f"{self.depth} layers, {self.num_heads} heads, width {self.embed_dim}; {self.side**2:,} patches and a class token "
-            f"({self.image_size} px, patches of {self.patch_size} px); {images}, {self.batch_size} a batch and a repeat"
+            f"({self.image_size} px, patches of {self.patch_size} px); {images}, {self.batch_size} per batch and repeat"
         )
 
 
@@ -69,14 +69,14 @@ CASES = {
         replace(_SMALL, name="small-16384", side=128, images=1, batch_size=1),
     )
 }
-"""ViT-B/16 at 224 pixels as in the ViT paper, and ViT-S/16 at ever more tokens (1,369 is DINOv2's grid at 518 pixels)."""
+"""ViT-B/16 at 224 pixels as in the ViT paper, and ViT-S/16 with up to 16,384 patches (1,369 is DINOv2's grid at 518 pixels)."""
 
 _QUICK_PATCHES = 1369
 _QUICK_IMAGES = 4
 
 
 def quick(case: Case) -> Case | None:
-    """The case on a few images, to try the program out; None where even these take long."""
+    """The case with few images, to try the program out; None if even these take long."""
     if case.side**2 > _QUICK_PATCHES:
         return None
     images = min(case.images, _QUICK_IMAGES)

@@ -1,4 +1,4 @@
-"""The measures as users of other libraries write them: from a layer's whole attention map."""
+"""The measures as users of other libraries write them, from the whole attention map of a layer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def patch_distances(grid: TokenGrid) -> Float[np.ndarray, "query key"]:
 def torch_distance(
     attention: Float[Tensor, "batch head query key"], distances: Float[Tensor, "patch patch"]
 ) -> Float[Tensor, " head"]:
-    """Mean attention distance over queries, patch keys rescaled to sum to 1; summed over images.
+    """Mean attention distance over queries, with the weights on patches rescaled to sum to 1; summed over images.
 
-    The einsum is faster than a product that is summed.
+    The einsum is faster than a product followed by a sum.
     """
     patches = attention[:, :, 1:, 1:].float()
     weighted = torch.einsum("bhqk,qk->bhq", patches, distances)
@@ -38,8 +38,8 @@ def keras_distance(
 ) -> Float[np.ndarray, " head"]:
     """Mean attention distance over queries as "probing ViTs" defines it; summed over images.
 
-    The class token is cut off on both sides, what patches pay to it is not made up for, and the weighted distances are summed
-    over keys.
+    The class token is left out as query and as key, the weights on patches are not rescaled, and the weighted distances are
+    summed over keys.
 
     References:
         Gosthipaty & Paul 2022, "Investigating Vision Transformer representations", keras.io/examples/vision/probing_vits.
@@ -52,8 +52,8 @@ def keras_distance(
 def rollout_maps(fused: Sequence[Float[Tensor, "batch query key"]], grid: TokenGrid) -> Float[Tensor, "batch row col"]:
     """The class token's rollout over the patches, from each layer's mean over heads.
 
-    With all layers at hand, the class token's row is carried from the last layer to the first, a vector times a matrix each;
-    the usual programs multiply whole matrices.
+    As all layers are available, only the class token's row is computed, from the last layer to the first, by one product of a
+    vector and a matrix per layer; common implementations multiply whole matrices.
 
     References:
         Abnar & Zuidema 2020, arXiv:2005.00928, section 3.

@@ -1,4 +1,4 @@
-"""Peak memory of one method in a process of its own: `python -m benchmarks.memory`, given what to run on standard input."""
+"""Peak memory of one method in a process of its own: `python -m benchmarks.memory` reads the method from standard input."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Peak", "available_bytes", "peak_in_fresh_process"]
 
 _ROOT = Path(__file__).parents[1]
 _STATUS = Path("/proc/self/status")
-# glibc gives back large pieces at once. Else it keeps them, and what lies free between them varies from run to run by a third.
+# glibc returns large blocks to the system at once. Otherwise it keeps them, and the peak varies by a third between runs.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
-_BATCHES = 2  # as many as can be held at once by mistake
+_BATCHES = 2  # enough to show that a method holds more than one at a time
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Peak:
     """Peak memory of a run above the loaded model and its images.
 
     Args:
-        size: In bytes; None if the process failed.
-        note: What to know about the number, or why there is none.
+        size: Size in bytes; None if the process failed.
+        note: A remark on the number, or the reason why there is none.
     """
 
     size: int | None
@@ -67,7 +67,7 @@ def peak_in_fresh_process(setting: Setting, name: str) -> Peak:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a method may take; None if it cannot be told."""
+    """Memory that is available to a method; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with suppress(OSError):
@@ -98,9 +98,9 @@ def _peak(setting: Setting, name: str) -> Peak:
         run(setting.batches)
         return Peak(torch.cuda.max_memory_allocated(setting.device) - before)
     if not _STATUS.exists():
-        return Peak(None, "no memory: only Linux tells it")
+        return Peak(None, "no memory: only Linux reports it")
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # freed pages that were kept would hide what the run takes
+        ctypes.CDLL(None).malloc_trim(0)  # kept free pages would hide memory that the run takes
     note = ""
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""The ways of doing the same work."""
+"""The methods: several ways of doing the same work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Method:
     """A way of doing the work.
 
     Args:
-        name: For `--method` and the tables.
+        name: Name for `--method` and the tables.
         floor: Name of the plain forward pass of the same library's model.
-        prepare: Loads the model; what it returns is timed.
-        note: What a reader of the table should know.
-        held: How many arrays of token x token numbers in float32 each image of a batch takes beside the model's own needs.
+        prepare: Loads the model and returns the function that is timed.
+        note: Remark for the table.
+        held: Number of float32 arrays of token x token numbers that each image of a batch takes, in addition to the model.
         rollout: Whether it computes the rollout.
     """
 
@@ -33,12 +33,12 @@ class Method:
     rollout: bool = False
 
     def needed_bytes(self, case: Case) -> int:
-        """An estimate of the memory that attention maps take."""
+        """Estimated memory of the attention maps."""
         return self.held(case) * min(case.batch_size, case.images) * case.num_tokens**2 * 4
 
 
 def with_floors(names: Iterable[str]) -> list[str]:
-    """The methods called `names`, and before them the floors that they are compared with."""
+    """The methods called `names`, preceded by the floors that they are compared with."""
     names = list(names)
     return list(dict.fromkeys([*(METHODS[name].floor for name in names), *names]))
 
@@ -61,7 +61,7 @@ def _rollout_maps(case: Case) -> int:
 
 _STOPS = "ends after the last layer's attention"
 _ALL = "holds the maps of all layers"
-_ROW = "carries the class token's row only"
+_ROW = "computes the class token's row only"
 _EAGER = peers.transformers_eager
 _LIST = (
     Method("fused", "fused", peers.plain("own"), "plain forward pass of VisionTransformer"),
@@ -70,7 +70,7 @@ _LIST = (
         "transformers-sdpa", "transformers-sdpa", peers.plain("transformers_sdpa"), "plain forward pass of transformers' model"
     ),
     Method("vit-probe-distance", "fused", ours.observed("distance"), _STOPS),
-    Method("vit-probe-distance-full", "fused", ours.observed("distance", stop=False), "returns the model's output, too"),
+    Method("vit-probe-distance-full", "fused", ours.observed("distance", stop=False), "also returns the model's output"),
     Method("vit-probe-rollout", "fused", ours.observed("rollout"), _STOPS, _rollout_maps, rollout=True),
     Method(
         "vit-probe-all",
@@ -84,7 +84,7 @@ _LIST = (
         "vit-probe-call",
         "fused",
         ours.call,
-        "mean_attention_distance(model, images): also finds where the tokens lie and hashes images and weights",
+        "mean_attention_distance(model, images): also locates the tokens and hashes images and weights",
     ),
     Method("transformers-distance", "transformers-sdpa", peers.from_maps(_EAGER, "distance"), _ALL, _all_layers),
     Method(

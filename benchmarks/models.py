@@ -34,12 +34,12 @@ _TRANSFORMERS_NAMES = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A case on a device: the images, and each library's model, built when it is first asked for.
+    """A case on a device: the images, and each library's model, which is built on first access.
 
     Args:
         case: Sizes of the model and the images.
-        device: Where it runs.
-        dtype: Of the weights and the images.
+        device: Where to run.
+        dtype: Type of the weights and the images.
     """
 
     case: Case
@@ -60,7 +60,7 @@ class Setting:
 
     @cached_property
     def batches(self) -> tuple[Tensor, ...]:
-        """The images as the models take them."""
+        """The images as input of the models, in batches."""
         return self.images.to(self.device, self.dtype).split(self.case.batch_size)
 
     def load(self, model: str) -> Any:
@@ -87,12 +87,12 @@ class Setting:
 
     @cached_property
     def timm_fused(self) -> Any:
-        """timm's model as it comes."""
+        """timm's model with default options."""
         return self._timm()
 
     @cached_property
     def timm_unfused(self) -> Any:
-        """timm's model with the fused attention of every layer switched off, so that its modules see the attention."""
+        """timm's model with the fused attention of every layer switched off, so that its modules compute the attention."""
         model = self._timm()
         for block in model.blocks:
             block.attn.fused_attn = False
@@ -100,12 +100,12 @@ class Setting:
 
     @cached_property
     def transformers_sdpa(self) -> Any:
-        """transformers' model as it comes."""
+        """transformers' model with fused attention, its default."""
         return self._transformers("sdpa")
 
     @cached_property
     def transformers_eager(self) -> Any:
-        """transformers' model with the attention that can return its weights."""
+        """transformers' model with eager attention, which can return its weights."""
         return self._transformers("eager")
 
     def _timm(self) -> Any:
@@ -148,7 +148,7 @@ class Setting:
 
 
 def _randomize(model: VisionTransformer) -> None:
-    """Weights under which heads attend unevenly (logits deviate by about 2) and no parameter could be left out unnoticed."""
+    """Set weights with which attention is far from uniform (logits deviate by about 2), and leaving out any parameter shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -163,7 +163,7 @@ def _randomize(model: VisionTransformer) -> None:
 
 
 def _transformers_state(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters under transformers' names; they share their memory."""
+    """Our parameters under transformers' names; they share memory."""
     for name, value in state.items():
         for pattern, replacement in _TRANSFORMERS_NAMES:
             name = re.sub(pattern, replacement, name)

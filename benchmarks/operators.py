@@ -1,4 +1,4 @@
-"""Model libraries that import on a torch for the CPU."""
+"""Make model libraries importable with a CPU-only torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 __all__ = ["define_torchvision_operators"]
 
-_OPERATORS: list[torch.library.Library] = []  # kept alive: dropping one takes its operators away
+_OPERATORS: list[torch.library.Library] = []  # kept alive, because a library's operators disappear with it
 
 
 def define_torchvision_operators() -> None:
-    """Makes torchvision, and timm which imports it, importable where its compiled operators do not load.
+    """Make torchvision, and timm, which imports it, importable if its compiled operators do not load.
 
-    With a torch for the CPU and a torchvision for CUDA the import fails with "operator torchvision::nms does not exist". The
-    operators' signatures are enough: nothing here calls them.
+    With a CPU build of torch and a CUDA build of torchvision, the import fails with "operator torchvision::nms does not exist".
+    Signatures of the operators are enough, because nothing here calls them.
     """
     try:
         import_module("torchvision")

@@ -12,37 +12,36 @@ from torch import Tensor
 
 from benchmarks.models import Setting
 from benchmarks.runs import Numbers, Prepare, Run, as_array
-from vit_probe import attention_hooks, mean_attention_distance
+from vit_probe import attention_entropy, attention_hooks, mean_attention_distance
 from vit_probe.attention.intercept import ForwardStopped
-from vit_probe.measures.attention_distance import AttentionDistance
-from vit_probe.measures.attention_entropy import AttentionEntropy
 from vit_probe.measures.rollout import AttentionRollout
 
 __all__ = ["call", "observed", "reference"]
 
 
 def reference(setting: Setting, batches: Sequence[Tensor], *, rollout: bool) -> Numbers:
-    """All numbers by vit_probe, to compare with."""
-    rescaled, dropped = AttentionDistance(setting.grid), AttentionDistance(setting.grid, prefix="drop")
-    entropy = AttentionEntropy(setting.grid)
-    rolled = [AttentionRollout(setting.grid)] if rollout else []
-    output = _watch(setting, batches, rescaled, dropped, entropy, *rolled, stop=False)
+    """All numbers, computed by vit_probe, to compare with."""
+    grid = setting.grid
+    rescaled, dropped = mean_attention_distance.observer(grid), mean_attention_distance.observer(grid, prefix="drop")
+    entropy = attention_entropy.observer(grid)
+    rollouts = [AttentionRollout(grid)] if rollout else []
+    output = _watch(setting, batches, rescaled, dropped, entropy, *rollouts, stop=False)
     numbers = {"distance": rescaled.compute().distance, "distance-dropped": dropped.compute().distance, "output": output}
     numbers["entropy"] = entropy.compute().entropy
-    for measure in rolled:
+    for measure in rollouts:
         numbers["rollout"] = measure.compute().maps
     return numbers
 
 
 def observed(*names: Literal["distance", "rollout", "entropy"], stop: bool = True) -> Prepare:
-    """The measures called `names`, in one pass of images, which ends after the last layer's attention if `stop`."""
+    """The measures called `names`, in one pass over the images, which ends after the last layer's attention if `stop`."""
 
     def prepare(setting: Setting) -> Run:
         setting.load("own")
 
         def run(batches: Sequence[Tensor]) -> Numbers:
-            distance, rollout = AttentionDistance(setting.grid), AttentionRollout(setting.grid)
-            entropy = AttentionEntropy(setting.grid)
+            distance, rollout = mean_attention_distance.observer(setting.grid), AttentionRollout(setting.grid)
+            entropy = attention_entropy.observer(setting.grid)
             measures = {"distance": distance, "rollout": rollout, "entropy": entropy}
             output = _watch(setting, batches, *(measures[name] for name in names), stop=stop)
             numbers: Numbers = {} if stop else {"output": output}
@@ -70,7 +69,7 @@ def call(setting: Setting) -> Run:
 
 
 def _watch(setting: Setting, batches: Sequence[Tensor], *measures: Any, stop: bool) -> np.ndarray:
-    """Takes the images through our model with measures watching; the output is empty where the pass is stopped."""
+    """Pass the images through our model under the measures' hooks; the output is empty if the pass is stopped early."""
     model, outputs = setting.own, []
     with torch.no_grad(), attention_hooks(model, *measures) as hooks:
         if stop:

@@ -1,4 +1,4 @@
-"""The plain forward passes, and the work done with other libraries' means, from a layer's whole attention map."""
+"""The plain forward passes, and the work done with other libraries, from the whole attention map of a layer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["from_maps", "plain", "timm_extract", "timm_hooks", "transformers_eag
 
 Take = Callable[[Tensor], None]
 Show = Callable[[Tensor, Take], None]
-"""Takes a batch through a model and hands over each layer's attention (batch, head, query, key)."""
+"""Passes a batch through a model, and calls a function with each layer's attention (batch, head, query, key)."""
 
 
 def plain(model: Literal["own", "timm_fused", "transformers_sdpa"]) -> Prepare:
-    """The forward pass of a model of a `Setting`, and nothing else: the floor."""
+    """The forward pass of a model of a `Setting` and nothing else, which is the floor."""
 
     def prepare(setting: Setting) -> Run:
         forward = setting.load(model)
@@ -37,7 +37,7 @@ def plain(model: Literal["own", "timm_fused", "transformers_sdpa"]) -> Prepare:
 
 
 def from_maps(source: Callable[[Setting], Show], number: Literal["distance", "distance-dropped", "rollout"]) -> Prepare:
-    """A number made of whole attention maps."""
+    """A number computed from whole attention maps."""
 
     def prepare(setting: Setting) -> Run:
         show = source(setting)
@@ -78,7 +78,7 @@ def _rollout(show: Show, batch: Tensor, setting: Setting) -> np.ndarray:
 
 
 def transformers_eager(setting: Setting) -> Show:
-    """Eager attention with `output_attentions=True`: the maps of all layers come at the end."""
+    """Eager attention with `output_attentions=True`, which returns the maps of all layers at the end."""
     model = setting.load("transformers_eager")
 
     def show(batch: Tensor, take: Take) -> None:
@@ -89,7 +89,7 @@ def transformers_eager(setting: Setting) -> Show:
 
 
 def timm_hooks(setting: Setting) -> Show:
-    """Forward hooks on the dropout of unfused attention: one layer's map at a time."""
+    """Forward hooks on the dropout of unfused attention, which see one layer's map at a time."""
     model = setting.load("timm_unfused")
 
     def show(batch: Tensor, take: Take) -> None:
@@ -105,9 +105,9 @@ def timm_hooks(setting: Setting) -> Show:
 
 
 def timm_extract(setting: Setting) -> Show:
-    """timm's `AttentionExtract` with its defaults, on a model whose fused attention was switched off before.
+    """timm's `AttentionExtract` with its defaults, on a model whose fused attention is switched off.
 
-    With the fused attention on, it finds no softmax in the graph and raises.
+    With fused attention, it finds no softmax in the graph and raises.
     """
     model = setting.load("timm_unfused")
     define_torchvision_operators()

@@ -1,4 +1,4 @@
-"""The tables: one CSV with a row for each method of each case, and the same in Markdown."""
+"""The tables: a CSV file with one row per case and method, and the same in Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = ("vit-probe", "torch", "timm", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a method. Ratios are to `floor`, medians over repeats, with the quartiles beside; NaN if not run."""
+    """The results of a method. Ratios are relative to `floor`: medians over repeats, with quartiles; NaN if it was not run."""
 
     case: str
     method: str
@@ -70,7 +70,7 @@ def make_row(
 
 
 def header(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Where and with what the numbers were measured."""
+    """Device and software versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "Date": date.today().isoformat(),
@@ -82,7 +82,7 @@ def header(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def read_other_cases(stem: Path, cases: Iterable[str]) -> list[Row]:
-    """The rows of an earlier run that are of other cases than these."""
+    """The rows of an earlier run that belong to other cases than these."""
     path = _csv(stem)
     if not path.is_file():
         return []
@@ -92,13 +92,13 @@ def read_other_cases(stem: Path, cases: Iterable[str]) -> list[Row]:
 
 
 def write_tables(stem: Path, about: Mapping[str, str], titles: Mapping[str, str], rows: list[Row]) -> list[Path]:
-    """Writes `stem`.csv and `stem`.md, older ones replaced at once.
+    """Write `stem`.csv and `stem`.md, replacing older files atomically.
 
     Args:
         stem: Folder and name without suffix.
-        about: From `header`.
-        titles: Each case in words.
-        rows: Of all cases so far.
+        about: Result of `header`.
+        titles: Description of each case.
+        rows: Rows of all cases so far.
     """
     columns = [field.name for field in fields(Row)]
     frame = pd.DataFrame([asdict(row) for row in rows], columns=columns).round(4)
@@ -114,7 +114,7 @@ def write_tables(stem: Path, about: Mapping[str, str], titles: Mapping[str, str]
 
 
 def side_by_side(rows: Iterable[Row]) -> str:
-    """A line for each method and a column for each case, in Markdown: median ratio of CPU time, and ratio of memory."""
+    """A Markdown table with one line per method and one column per case: median ratio of CPU time, and ratio of memory."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         ratios = ["-" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in (row.cpu_ratio, row.memory_ratio)]
@@ -127,16 +127,16 @@ def side_by_side(rows: Iterable[Row]) -> str:
 
 _LEGEND = (
     "Times are ratios to the plain fused forward pass of the same library's model on the same images (the first rows): the\n"
-    "median over repeats, each a pair with the forward pass of the same repeat, and the quartiles. CPU time is that of all\n"
-    "threads. Memory is the peak above the loaded model and its images, in a fresh process, on at most two batches,\n"
-    "where freed memory counts no longer (MALLOC_MMAP_THRESHOLD_=262144).\n"
+    "median over repeats, each compared with the forward pass of the same repeat, and the quartiles. CPU time is the sum over\n"
+    "all threads. Memory is the peak above the loaded model and its images, in a fresh process, on at most two batches,\n"
+    "not counting memory that was freed (MALLOC_MMAP_THRESHOLD_=262144).\n"
     "No method is timed before its numbers agree with vit_probe's."
 )
 
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "| method | CPU time, ratio | time passed, ratio | peak memory | memory, ratio | |",
+        "| method | CPU time, ratio | elapsed time, ratio | peak memory | memory, ratio | |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a method is: a function that loads a model and returns the work to be timed, whose numbers can be compared."""
+"""Types of a method: a function that loads a model and returns the function to time, whose numbers can be compared."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from benchmarks.models import Setting
 __all__ = ["Numbers", "Prepare", "Run", "as_array"]
 
 Numbers = dict[str, np.ndarray]
-"""`distance` and `distance-dropped` (layer, head), attention to the class token rescaled away or dropped; `entropy` (layer,
-head); `rollout` (image, row, col); `output` (image, dim), the class token after the last layer."""
+"""`distance` and `distance-dropped` (layer, head), with prefix="renormalize" and prefix="drop"; `entropy` (layer, head);
+`rollout` (image, row, col); `output` (image, dim), the class token after the last layer."""
 
 Run = Callable[[Sequence[Tensor]], Numbers]
 """Takes batches of images."""
 
 Prepare = Callable[[Setting], Run]
-"""Loads the model and the images; what it returns is timed."""
+"""Loads the model and the images, and returns the function to time."""
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """In float32, on the CPU."""
+    """The tensor as a float32 array."""
     return tensor.float().cpu().numpy()

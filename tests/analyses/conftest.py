@@ -1,4 +1,4 @@
-"""Training images that a tiny model learns in seconds: stripes one way, stripes the other way, none."""
+"""Training images that a tiny model learns in seconds: horizontal stripes, vertical stripes, none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.analyses.small_models import write_photographs
-from vit_probe.cli.console import run
+from vit_probe.cli.study import run_study
 
 CLASSES = ("across", "down", "plain")
 
@@ -29,7 +29,7 @@ def picture(name: str, random: np.random.Generator, size: int = 16) -> np.ndarra
 
 
 def write_sheets(folder: Path, counts: dict[str, int], seed: int) -> None:
-    """One sheet a class, 20 pictures in a row, the last row filled up with black."""
+    """One sheet per class, 20 pictures per row, the last row padded with black."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for name, count in counts.items():
@@ -43,7 +43,7 @@ def write_sheets(folder: Path, counts: dict[str, int], seed: int) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def on_the_cpu() -> Iterator[None]:
-    """Training on a GPU is not the same to the last bit twice."""
+    """Training on a GPU is not reproducible to the last bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
@@ -60,13 +60,13 @@ def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of them, of 16 pixels."""
+    """A folder of photographs of 16 x 16 pixels."""
     return write_photographs(tmp_path_factory.mktemp("images") / "photographs")
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any], *arguments: object) -> int:
-    """The exit code of a study's command with these arguments."""
+    """The exit code of a study run from the command line with these arguments."""
     monkeypatch.setattr(sys, "argv", ["study", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        run(main)
+        run_study(main)
     return int(ended.value.code or 0)

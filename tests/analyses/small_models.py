@@ -19,7 +19,7 @@ __all__ = ["attention_distances", "new_model", "write_model", "write_photographs
 
 
 def new_model(position: str = "learned_1d", stem: str = "patches", *, seed: int = 0, scale: float = 1.0) -> VisionTransformer:
-    """4 x 4 patches of 4 pixels, 3 layers of 2 heads; `scale` is how much farther from even its attention is."""
+    """4 x 4 patches of 4 pixels, 3 layers of 2 heads; attention is the less uniform, the larger `scale` is."""
     torch.manual_seed(seed)
     resnet = small_resnet(4) if stem == "hybrid" else None
     config = ViTConfig(
@@ -50,7 +50,7 @@ def write_photographs(folder: Path, count: int = 3) -> Path:
 
 
 def attention_distances(model: VisionTransformer, folder: Path) -> np.ndarray:
-    """(layer, head), pixels: the literal definition, on attention that the model itself computes."""
+    """(layer, head), in pixels: the literal definition, applied to the attention that the model itself computes."""
     assert model.preprocessing is not None
     images = torch.stack([model.preprocessing(read_image(path)) for path in sorted(folder.iterdir())])
     attention = expected_attention(model, images)

@@ -1,4 +1,4 @@
-"""The farthest and the local heads of a model, counted from the literal definition, beside 24 convolutions of 3 x 3."""
+"""The farthest and the local heads of a model, from the literal definition, beside 24 convolutions of 3 x 3."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from tests import reference
 from tests.analyses.conftest import typed
 from tests.example_models import expected_attention
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, sample_photographs, save_model
+from vit_probe.cli.study import StudyOptions
 from vit_probe.measures.receptive_field import plain_stack, receptive_field
 
 GRID = 4, 4, (16, 16)
 
 
 def write_model(path: Path, near: list[int], far: list[int]) -> VisionTransformer:
-    """6 layers of 2 heads on 64 pixels: attention is nearly even, but head 0 of some layers is near and head 1 of some far.
+    """6 layers of 2 heads on 64 pixels: attention is nearly uniform, but head 0 of some layers is near, head 1 of some far.
 
-    Tokens are their positions, a wave for the row and one for the column. A near head's key is its query, a far one's the
-    opposite.
+    Tokens are their positions, a wave for the row and one for the column. The keys of a near head equal its queries; those of a
+    far head are the opposite.
     """
     torch.manual_seed(0)
     model = VisionTransformer(ViTConfig(64, 16, embed_dim=16, depth=6, num_heads=2, num_classes=2)).eval()
@@ -62,20 +63,21 @@ def literal(model: VisionTransformer, count: int) -> np.ndarray:
 
 def test_as_published_where_heads_are_near_and_far_early_and_far_late(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.safetensors", near=[0, 1, 2], far=[0, 4])
-    main(model=str(tmp_path / "model.safetensors"), out=tmp_path, limit=3)
+    main(StudyOptions(model=str(tmp_path / "model.safetensors"), out=tmp_path, limit=3))
     heads, fields, study = kept(tmp_path)
     expected = literal(model, 3)
     np.testing.assert_allclose(heads.distance, expected.ravel(), rtol=1e-4)
-    even = reference.uniform_distance(*GRID)
-    local = expected < even / 2
+    uniform = reference.uniform_distance(*GRID)
+    local = expected < uniform / 2
     assert local.tolist() == [[True, False]] * 3 + [[False, False]] * 3
-    assert expected[0, 1] > 1.1 * even
+    assert expected[0, 1] > 1.1 * uniform
     assert study["as_published"] is True
     assert study["finding"] == (
-        f"In the first 2 of 6 layers the farthest head looks {expected[0, 1]:.1f} px far on average, in layer 0 "
-        f"{expected[0, 1]:.1f} px. 24 convolutions of 3 x 3 see 49 px: 24 px to each side, 33.9 px into the corners, 5.0 px on "
-        f"average if kernels are even. Of the heads of these 2 layers 50% are local (below half of uniform attention's "
-        f"{even:.1f} px), of those of the second half of the layers 0%."
+        f"In the first 2 of 6 layers, the largest mean attention distance of a head is {expected[0, 1]:.1f} px "
+        f"({expected[0, 1]:.1f} px in layer 0). A stack of 24 convolutions of 3 x 3 has a receptive field of 49 px: 24 px to "
+        f"each side, 33.9 px into the corners, and 5.0 px on average if kernels are uniform. Of the heads in these 2 layers, "
+        f"50% are local (distance below half of that of uniform attention, {uniform:.1f} px); in the second half of the "
+        f"layers, 0% are."
     )
     last = fields.groupby("network", sort=False).tail(1).set_index("network")
     assert last.receptive_field.to_dict() == {"24 x conv 3 x 3": 49, "AlexNet": 195, "VGG-16": 212, "ResNet-50": 427}
@@ -86,10 +88,10 @@ def test_as_published_where_heads_are_near_and_far_early_and_far_late(tmp_path: 
 @pytest.mark.parametrize(("near", "far", "early", "late", "holds"), [([0, 5], [], 25, 17, True), ([], [0, 1], 0, 0, False)])
 def test_local_heads_late_or_never(near: list[int], far: list[int], early: int, late: int, holds: bool, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors", near, far)
-    main(model=str(tmp_path / "model.safetensors"), out=tmp_path, limit=2)
+    main(StudyOptions(model=str(tmp_path / "model.safetensors"), out=tmp_path, limit=2))
     study = kept(tmp_path)[2]
-    text = f"layers {early}% are local (below half of uniform attention's 32.1 px), of those of the second half of the layers"
-    assert f"{text} {late}%." in study["finding"]
+    text = f"layers, {early}% are local (distance below half of that of uniform attention, 32.1 px); in the second half of the"
+    assert f"{text} layers, {late}% are." in study["finding"]
     assert study["as_published"] is holds
 
 
@@ -119,13 +121,13 @@ def test_one_layer_has_no_second_half() -> None:
     assert finding.holds is None
 
 
-def test_the_bundled_model_as_it_is_typed(
+def test_the_bundled_model_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path, "--format", "pdf") == 0
     heads, _, study = kept(tmp_path)
     early, late = heads[heads.layer < 3], heads[heads.layer > 4]
-    assert f"looks {early.distance.max():.1f} px far" in study["finding"]
+    assert f"distance of a head is {early.distance.max():.1f} px" in study["finding"]
     near = [(part.distance < part.uniform_distance / 2) for part in (early, late)]
     assert study["as_published"] == (early.distance.max() > 24 and near[0].any() and near[1].mean() < 0.5)
     assert study["finding"] in capsys.readouterr().out
@@ -135,7 +137,7 @@ def test_the_bundled_model_as_it_is_typed(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
-def test_what_cannot_be_read_is_refused_in_one_sentence(
+def test_unreadable_input_gives_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed(monkeypatch, main, "--model", tmp_path / "absent.safetensors", "--out", tmp_path) == 2

@@ -1,4 +1,4 @@
-"""The study of attention entropy: its table, and the finding that follows from it."""
+"""The study of attention entropy: its table, and the finding that follows from the table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from analyses.attention_entropy import found, main
 from tests.analyses.conftest import typed
 from tests.example_models import classifier, expected_attention
 from vit_probe import load_model, sample_photographs, save_model
-from vit_probe.cli.options import Format
+from vit_probe.cli.study import Format, StudyOptions
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict]:
     """Table and finding of the bundled model on a few photographs."""
     out = tmp_path_factory.mktemp("entropy")
-    main(out=out, limit=4, format=[Format.png])
+    main(StudyOptions(out=out, limit=4, format=[Format.png]))
     assert {path.name for path in out.iterdir()} == {f"attention_entropy.{ending}" for ending in ("png", "csv", "json")}
     return pd.read_csv(out / "attention_entropy.csv"), json.loads((out / "attention_entropy.json").read_text())
 
@@ -49,8 +49,8 @@ def test_the_finding_follows_from_the_table(shown: tuple[pd.DataFrame, dict]) ->
     for number in (
         f"from {first.entropy.mean():.2f} to {last.entropy.mean():.2f} nats",
         f"from {ranges[0]:.2f} to {ranges[1]:.2f}",
-        f"has {broadest:.0%} of uniform attention's",
-        f"Over all 54 heads entropy correlates with distance at {correlation:.2f}",
+        f"has {broadest:.0%} of the entropy of uniform attention",
+        f"Over all 54 heads, entropy and distance correlate at {correlation:.2f}",
     ):
         assert number in kept["finding"]
     assert kept["provenance"]["model"]["name"] == "demo"
@@ -80,7 +80,7 @@ def test_each_criterion_decides(what: str, entropies: list[list[float]], holds: 
     assert found(heads(entropies)).holds is holds, what
 
 
-def test_what_one_layer_or_one_head_cannot_tell() -> None:
+def test_one_layer_or_one_head_leaves_questions_open() -> None:
     assert found(heads([[0.5, 3.7]])).lines()[0].startswith("open")
     assert found(heads([[0.5, 3.7]])).lines()[2].startswith("open")
     one = heads(AS_PUBLISHED)
@@ -88,7 +88,7 @@ def test_what_one_layer_or_one_head_cannot_tell() -> None:
 
 
 def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Attention that is uniform everywhere rises nowhere, and heads do not differ."""
+    """If attention is uniform in all layers, entropy does not rise and heads do not differ."""
     model = classifier(depth=1)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight[:96].mul_(1e-3)  # queries and keys
@@ -99,7 +99,7 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "(not as published)" in printed
     table = pd.read_csv(tmp_path / "out" / "attention_entropy.csv")
     np.testing.assert_allclose(table.entropy, np.log(17), rtol=1e-5)
-    assert "has 100% of uniform attention's" in printed.replace("\n", " ")
+    assert "has 100% of the entropy of uniform attention" in printed.replace("\n", " ")
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

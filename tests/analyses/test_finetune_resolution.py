@@ -1,4 +1,4 @@
-"""Fine-tuning at a higher resolution: the three accuracies, and that the position table is what `resize` makes of it."""
+"""Fine-tuning at a higher resolution: the three accuracies, and the position table, which starts from that of `resize`."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_three_accuracies(
     [
         (["--image-size", "25"], "does not divide into patches of 4 x 4"),
         (["--model", "nowhere.pt"], "there is no checkpoint file or folder nowhere.pt"),
-        (["--model", "demo", "--image-size", "96"], "demo tells 100 classes apart, but"),
+        (["--model", "demo", "--image-size", "96"], "demo has 100 classes, but"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_impossible_options(
     arguments: list[str],
     message: str,
     trained: Path,
@@ -73,28 +73,31 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "state.pt").exists()
 
 
-def test_a_model_of_other_preprocessing_is_refused(
+def test_a_model_with_other_preprocessing(
     sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
 ) -> None:
     model = load_model(trained)
     model.preprocessing = Preprocessing((16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     other = save_model(model, tmp_path / "other.safetensors")
     assert typed(monkeypatch, main, sheets, "--model", other, "--image-size", 24, "--out", tmp_path) == 2
-    assert "is not standardised with ImageNet's mean and deviation" in capsys.readouterr().err
+    assert (
+        "does not standardise images with ImageNet's mean and standard deviation; pass a model that does"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_librarys_model_is_refused(
+def test_a_model_of_another_library(
     sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetune_resolution, "load_model", lambda name: torch.nn.Linear(2, 2))
     assert typed(monkeypatch, main, sheets, "--model", "timm:swin", "--out", tmp_path / "out") == 2
-    assert "timm:swin is a library's own model (Linear); choose one that is a VisionTransformer" in capsys.readouterr().err
+    assert "timm:swin is a Linear of another library; pass a model that loads as a VisionTransformer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_other_than_square_images_is_refused(
+def test_a_model_of_images_that_are_not_square(
     sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
 ) -> None:
     wide = save_model(load_model(trained).resize((16, 32)), tmp_path / "wide.safetensors")
     assert typed(monkeypatch, main, sheets, "--model", wide, "--image-size", 24, "--out", tmp_path) == 2
-    assert "takes images of 16 x 32 pixels; choose one of square images" in capsys.readouterr().err
+    assert "takes images of 16 x 32 pixels; pass a model of square images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The gallery's page: what stands between the markers, and what stays around them."""
+"""The gallery's page: the part between the markers, and the rest, which stays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vit_probe import InputError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What the studies leave, the first of them not as published."""
+    """The files of the studies; the first is not as published."""
     for place, name in enumerate(STUDIES):
         model = {"name": f"model {place}", "weights_sha256": f"{place}123456789"}
         kept = {
@@ -38,7 +38,7 @@ def test_every_study_is_between_the_markers_and_the_rest_stays(folder: Path) -> 
     assert page(text, folder) == text
 
 
-def test_a_section_tells_the_verdict_the_finding_and_the_weights(folder: Path) -> None:
+def test_a_section_has_the_verdict_the_finding_and_the_weights(folder: Path) -> None:
     first, second = (section(name, folder) for name in STUDIES[:2])
     assert f"**Not as published.** {STUDIES[0]} found 0. Numbers: [{STUDIES[0]}.csv]({STUDIES[0]}.csv)." in first
     assert " Weights: `model 0` (01234567).\n" in first
@@ -55,7 +55,7 @@ def test_a_section_tells_the_verdict_the_finding_and_the_weights(folder: Path) -
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_what_a_study_says_of_itself(name: str) -> None:
+def test_the_docstring_of_a_study(name: str) -> None:
     title, _, rest = (import_module(f"analyses.{name}").__doc__ or "").partition("\n\n")
     assert title.endswith(".")
     assert "arXiv:" in rest
@@ -67,7 +67,9 @@ def test_the_page_is_there_and_has_its_markers(tmp_path: Path) -> None:
         main(out=tmp_path)
     for text in (BEGIN, f"{BEGIN} {BEGIN} {END}", f"{END} {BEGIN}"):
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=r"README.md must have <!-- studies --> and <!-- /studies --> once each, in this"):
+        with pytest.raises(
+            InputError, match=r"README.md must contain <!-- studies --> and <!-- /studies --> once each, in this"
+        ):
             main(out=tmp_path)
 
 
@@ -78,7 +80,7 @@ def test_the_page_in_the_clone_is_of_the_results_beside_it() -> None:
 
 
 @pytest.mark.parametrize("name", [*STUDIES, "gallery", "train_demo", "train_variants", "finetune_resolution"])
-def test_help_tells_what_the_module_says_of_itself(
+def test_help_is_the_docstring_of_the_module(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = import_module(f"analyses.{name}")

@@ -1,4 +1,4 @@
-"""Local heads of a pure ViT and of a hybrid, counted from the literal definition."""
+"""Local heads of a pure ViT and of a hybrid, counted by the literal definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.hybrid import found, main
+from analyses.hybrid import HybridOptions, found, main
 from tests import reference
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import attention_distances, write_model
@@ -19,11 +19,11 @@ from vit_probe import InputError, Preprocessing, VisionTransformer, save_model
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, VisionTransformer]]:
-    """A hybrid whose attention is nearly even, and a pure model with near heads in its first layer."""
+    """A hybrid whose attention is nearly uniform, and a pure model with near heads in its first layer."""
     folder = tmp_path_factory.mktemp("models")
     near = write_model(folder / "pure.safetensors", "learned_1d", "patches")
     query, key, _ = near.blocks[0].attn.qkv.weight.data.chunk(3)
-    key.copy_(query.mul_(3.0))  # a token attends to what is like it, itself above all
+    key.copy_(query.mul_(3.0))  # a token attends to similar tokens, above all to itself
     near.blocks[0].attn.qkv.bias.data.zero_()
     save_model(near, folder / "pure.safetensors")
     even = write_model(folder / "hybrid.safetensors", "learned_1d", "hybrid", scale=0.1)
@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Vi
 
 
 def run(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, out: Path) -> None:
-    main(model=str(models["pure"][0]), hybrid=str(models["hybrid"][0]), images=[photographs], out=out)
+    main(HybridOptions(model=str(models["pure"][0]), hybrid=str(models["hybrid"][0]), images=[photographs], out=out))
 
 
 def test_local_heads_are_counted(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path) -> None:
@@ -46,9 +46,7 @@ def test_local_heads_are_counted(models: dict[str, tuple[Path, VisionTransformer
         assert rows.local.tolist() == near.ravel().tolist()
         local[name] = int(near[0].sum())  # 3 layers: the first is the first third
     assert local == {"pure": 2, "hybrid": 0}
-    text = (
-        "In the first third of the layers 2 of 2 heads of the pure ViT are local, 0 of 2 of the hybrid (below half of uniform"
-    )
+    text = "In the first third of the layers, 2 of 2 heads of the pure ViT and 0 of 2 heads of the hybrid are local (distance"
     assert kept["finding"].startswith(text)
     assert kept["as_published"] is True
     assert set(kept["provenance"]) == {"pure", "hybrid"}
@@ -59,12 +57,12 @@ def test_the_other_way_round(models: dict[str, tuple[Path, VisionTransformer]], 
     run(models, photographs, tmp_path)
     tables = {str(name): table for name, table in pd.read_csv(tmp_path / "hybrid.csv").groupby("model")}
     finding = found(tables["hybrid"], tables["pure"])
-    assert finding.holds is None  # without local heads in the one there is nothing to be less pronounced
+    assert finding.holds is None  # without local heads in the pure model, nothing can be less pronounced
     assert found(tables["pure"], tables["pure"]).holds is False
-    assert "0 of 2 heads of the pure ViT are local, 2 of 2 of the hybrid" in finding.text
+    assert "0 of 2 heads of the pure ViT and 2 of 2 heads of the hybrid are local" in finding.text
 
 
-def test_as_it_is_typed(
+def test_from_the_command_line(
     models: dict[str, tuple[Path, VisionTransformer]],
     photographs: Path,
     tmp_path: Path,
@@ -77,8 +75,11 @@ def test_as_it_is_typed(
     arguments = ["--model", tmp_path / "other.safetensors", "--hybrid", models["hybrid"][0], "--images", photographs]
     assert typed(monkeypatch, main, *arguments, "--limit", 2, "--out", tmp_path) == 0
     captured = capsys.readouterr()
-    even = reference.uniform_distance(3, 4, (8, 6)), reference.uniform_distance(4, 4, (4, 4))
-    assert "note: uniform attention looks {:.1f} px far in one model and {:.1f} px in the".format(*even) in captured.err
+    uniform = reference.uniform_distance(3, 4, (8, 6)), reference.uniform_distance(4, 4, (4, 4))
+    assert (
+        "note: the distance of uniform attention is {:.1f} px in one model and {:.1f} px in the".format(*uniform)
+        in captured.err
+    )
     assert "(undecided)" in captured.out
     assert set(pd.read_csv(tmp_path / "hybrid.csv").num_images) == {2}
     arguments[3] = tmp_path / "absent.safetensors"
@@ -95,13 +96,17 @@ def test_models_without_local_heads_leave_it_open(
     assert kept["published"] == ["open: local heads are less pronounced in the hybrid"]
 
 
-def test_a_hybrid_that_is_none(models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--hybrid .*pure.safetensors is none: its patches come of no convolutional network"):
+def test_a_model_that_is_not_a_hybrid(
+    models: dict[str, tuple[Path, VisionTransformer]], photographs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"--hybrid .*pure.safetensors is not a hybrid: no convolutional network makes its patches"
+    ):
         run({"pure": models["pure"], "hybrid": models["pure"]}, photographs, tmp_path)
 
 
 def test_the_models_that_come_with_the_repository(tmp_path: Path) -> None:
-    main(limit=4, out=tmp_path)
+    main(HybridOptions(limit=4, out=tmp_path))
     table = pd.read_csv(tmp_path / "hybrid.csv")
     assert table.groupby("model").size().tolist() == [24, 24]
     assert table.uniform_distance.nunique() == 1

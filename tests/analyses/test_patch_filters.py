@@ -17,6 +17,7 @@ from tests import reference
 from tests.analyses.conftest import typed
 from tests.example_models import small_vit
 from vit_probe import VisionTransformer, load_model, save_model
+from vit_probe.cli.study import WeightsStudyOptions
 
 
 def kept(out: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -30,7 +31,7 @@ def drawn(table: pd.DataFrame, weights: str, size: tuple[int, int]) -> np.ndarra
 
 
 def share(filters: np.ndarray) -> float:
-    """Of the lower half of frequencies along both axes."""
+    """Share of the lower half of the frequencies along both axes."""
     energy = (dctn(filters, axes=(2, 3), norm="ortho") ** 2).sum(axis=(0, 1))
     energy[0, 0] = 0
     low = energy[: (energy.shape[0] + 1) // 2, : (energy.shape[1] + 1) // 2]
@@ -45,7 +46,7 @@ def model_of(filters: torch.Tensor, path: Path) -> VisionTransformer:
     return model
 
 
-def test_the_bundled_model_as_it_is_typed(
+def test_the_bundled_model_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed(monkeypatch, main, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
@@ -55,8 +56,8 @@ def test_the_bundled_model_as_it_is_typed(
     np.testing.assert_allclose(trained, reference.patch_filter_pca(weight, 28)[0], atol=1e-5)
     assert random.shape == trained.shape
     assert study["finding"] == (
-        f"The lowest quarter of spatial frequencies holds {share(trained):.0%} of the variance over space of the first 28 "
-        f"components of the filters, and {share(random):.0%} where weights are random."
+        f"The lowest quarter of spatial frequencies holds {share(trained):.0%} of the spatial variance of the first 28 "
+        f"components of the filters, and {share(random):.0%} if weights are random."
     )
     assert share(trained) == pytest.approx(0.71, abs=0.005)
     assert share(random) == pytest.approx(15 / 63, abs=0.05)
@@ -72,29 +73,29 @@ def test_the_bundled_model_as_it_is_typed(
 def test_filters_that_are_not_smooth_are_not_as_published(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     model_of(torch.randn(32, 3, 8, 8, generator=generator), tmp_path / "rough.safetensors")
-    main(model=str(tmp_path / "rough.safetensors"), out=tmp_path)
+    main(WeightsStudyOptions(model=str(tmp_path / "rough.safetensors"), out=tmp_path))
     assert kept(tmp_path)[1]["as_published"] is False
     smooth = torch.nn.functional.interpolate(torch.randn(32, 3, 3, 3, generator=generator), (8, 8), mode="bicubic")
     model_of(smooth, tmp_path / "smooth.safetensors")
-    main(model=str(tmp_path / "smooth.safetensors"), out=tmp_path)
+    main(WeightsStudyOptions(model=str(tmp_path / "smooth.safetensors"), out=tmp_path))
     assert kept(tmp_path)[1]["as_published"]
 
 
 def test_a_convolutional_network_beside_it(tmp_path: Path) -> None:
     filters = torch.randn(16, 3, 11, 11, generator=torch.Generator().manual_seed(0)).cumsum(-1).cumsum(-2)
     torch.save({"features.0.weight": filters, "features.3.weight": torch.rand(4, 16, 3, 3)}, tmp_path / "alexnet.pth")
-    main(cnn=tmp_path / "alexnet.pth", out=tmp_path)
+    main(WeightsStudyOptions(out=tmp_path), cnn=tmp_path / "alexnet.pth")
     table, study = kept(tmp_path)
     convolutional = drawn(table, "convolutional", (11, 11))
     np.testing.assert_allclose(convolutional, filters.numpy(), rtol=1e-5)
     assert table[table.weights == "convolutional"].explained_variance_ratio.isna().all()
-    expected = f" Of the first-layer filters of alexnet.pth it holds {share(convolutional):.0%}."
+    expected = f" It holds {share(convolutional):.0%} of that of the first-layer filters of alexnet.pth."
     assert study["finding"].endswith(expected)
     assert study["provenance"]["convolutional"]["layers"] == ["features.0.weight"]
     assert study["as_published"]
 
 
-def test_what_holds_no_filters_is_refused_in_one_sentence(
+def test_a_file_without_filters_gives_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"fc.weight": torch.rand(4, 4)}, tmp_path / "mlp.pth")

@@ -1,4 +1,4 @@
-"""Similarity of layers as the study draws it, against the full batch's CKA of the models' blocks called by hand."""
+"""The study's similarity of layers against the CKA of the full batch, computed from the blocks called one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
 from tests.measures.test_representation_similarity import literal
 from vit_probe import VisionTransformer
-from vit_probe.cli.options import Format
+from vit_probe.cli.study import Format, StudyOptions
 from vit_probe.data.preprocessing import read_image
 from vit_probe.models.reinitialize import random_weights
 
@@ -36,7 +36,7 @@ def test_the_numbers_are_those_of_the_blocks(tmp_path: Path, capsys: pytest.Capt
     files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     models = [write_model(path, seed=seed) for seed, path in enumerate(files)]
     folder = write_photographs(tmp_path / "photographs", 7)
-    main(model=str(files[0]), other=str(files[1]), images=[folder], out=tmp_path / "out", limit=6)
+    main(StudyOptions(model=str(files[0]), images=[folder], out=tmp_path / "out", limit=6), other=str(files[1]))
     table = pd.read_csv(tmp_path / "out" / "representation_similarity.csv")
     kept = json.loads((tmp_path / "out" / "representation_similarity.json").read_text())
     mine, theirs = (blocks(model, folder, 6) for model in models)
@@ -46,12 +46,12 @@ def test_the_numbers_are_those_of_the_blocks(tmp_path: Path, capsys: pytest.Capt
     for title, (one, other) in pairs.items():
         maps[title] = table[table.models == title].pivot(index="layer", columns="other_layer", values="similarity").to_numpy()
         np.testing.assert_allclose(maps[title], literal(one, other, [6]), atol=2e-5)
-    assert f"has a CKA of {maps['model'][:1, -1:].mean():.2f} with one of the upper half" in kept["finding"]
-    assert f"the least of all pairs is {maps['model'].min():.2f}" in kept["finding"]
-    like = "yes" if maps["model"][0, -1] > 0.5 else "no"
-    contrast = "open: more than those of a convolutional network"
-    assert kept["published"] == [f"{like}: lower and upper layers are alike (CKA above 0.5)", contrast]
-    assert kept["as_published"] is (None if like == "yes" else False)
+    assert f"with one in the upper half is {maps['model'][:1, -1:].mean():.2f} on average" in kept["finding"]
+    assert f"the lowest of all pairs is {maps['model'].min():.2f}" in kept["finding"]
+    similar = "yes" if maps["model"][0, -1] > 0.5 else "no"
+    contrast = "open: more similar than those of a convolutional network"
+    assert kept["published"] == [f"{similar}: lower and upper layers are similar (CKA above 0.5)", contrast]
+    assert kept["as_published"] is (None if similar == "yes" else False)
     assert set(kept["provenance"]) == {"model", "other", "random"}
     untrained = random_weights(models[0], seed=0)
     untrained.preprocessing = models[0].preprocessing
@@ -66,31 +66,26 @@ def test_a_model_whose_halves_differ_is_not_as_published() -> None:
     finding = found(within, np.eye(4)[::-1], 0.9 * alike)
     assert finding.holds is False
     assert finding.text.startswith(
-        "A layer of the lower half has a CKA of 0.00 with one of the upper half, on average (with random weights 0.72); "
+        "The CKA of a layer in the lower half with one in the upper half is 0.00 on average (with random weights 0.72); "
     )
-    assert "lies 67% of the depth away from its place, and has a CKA of 1.00 with it" in finding.text
+    assert "lies 67% of the depth away from its position, and has a CKA of 1.00 with it" in finding.text
     assert all(line.startswith("open") for line in found(np.ones((1, 1)), np.ones((1, 3)), np.ones((1, 1))).lines())
 
 
-def test_two_checkpoints_of_one_name(tmp_path: Path) -> None:
+def test_two_checkpoints_with_the_same_name(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_model(tmp_path / name / "model.safetensors", seed=len(name))
     files = [str(tmp_path / name / "model.safetensors") for name in ("a", "b")]
-    main(
-        model=files[0],
-        other=files[1],
-        images=[write_photographs(tmp_path / "photographs", 4)],
-        out=tmp_path,
-        format=[Format.svg],
-    )
+    photographs = write_photographs(tmp_path / "photographs", 4)
+    main(StudyOptions(model=files[0], images=[photographs], out=tmp_path, format=[Format.svg]), other=files[1])
     assert not pd.read_csv(tmp_path / "representation_similarity.csv").duplicated(["models", "layer", "other_layer"]).any()
     picture = (tmp_path / "representation_similarity.svg").read_text()
     assert "Layer of model (model)" in picture
     assert "Layer of model (other)" in picture
 
 
-def test_the_bundled_models_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_models_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert typed(monkeypatch, main, "--limit", 8, "--out", tmp_path, "--format", "png", "--format", "svg") == 0
         files = [(tmp_path / f"representation_similarity.{ending}").read_bytes() for ending in ("png", "svg", "csv")]

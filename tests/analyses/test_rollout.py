@@ -1,4 +1,4 @@
-"""The rollout study: its numbers against the library's parts and NumPy, and a finding that follows from them."""
+"""The rollout study: its numbers against literal versions, and the finding that follows from them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.measures.test_deletion import literal
 from tests.reference import rollout as literal_rollout
 from tests.reference import rollout_map
 from vit_probe import Preprocessing, VisionTransformer, sample_photographs, save_model
+from vit_probe.cli.study import StudyOptions
 
 AREAS = ["area, most rollout", "area, most class attention", "area, least rollout", "area, random"]
 
@@ -27,7 +28,7 @@ AREAS = ["area, most rollout", "area, most class attention", "area, least rollou
 def model() -> VisionTransformer:
     model = classifier(3)
     model.preprocessing = Preprocessing((32, 32), resize=32)
-    with torch.no_grad():  # a head that tells classes apart
+    with torch.no_grad():  # a head that distinguishes classes
         model.head.weight.normal_(generator=torch.Generator().manual_seed(0))
     return model.eval()
 
@@ -43,7 +44,7 @@ def kept(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def test_every_number_and_the_finding(model: VisionTransformer, checkpoint: Path, tmp_path: Path) -> None:
-    main(str(checkpoint), out=tmp_path, limit=5)
+    main(StudyOptions(model=str(checkpoint), out=tmp_path, limit=5))
     table, content = kept(tmp_path)
     x = torch.stack([model.preprocessing(photograph) for photograph in sample_photographs(5)])  # type: ignore[misc]
     attention = expected_attention(model, x)
@@ -78,13 +79,13 @@ def test_every_number_and_the_finding(model: VisionTransformer, checkpoint: Path
         assert answer == ("open" if abs(difference) <= interval else "yes" if difference > 0 else "no")
     finding = content["finding"]
     for part in (
-        f"by {mean('heads_correlation'):.2f} over",
-        f"by {mean('rollout_correlation'):.2f};",
+        f"two heads of layer 2 correlate at {mean('heads_correlation'):.2f},",
+        f"the mean of all heads at {mean('rollout_correlation'):.2f};",
         f"lies on {100 * mean('heads_patches'):.0f} % of",
-        f"of rollout on {100 * mean('rollout_patches'):.0f} %,",
-        f"a mean probability of {mean('area, most rollout'):.3f} where",
-        "{:.3f} ± {:.3f} more in random order,".format(*differences["random"]),
-        "{:.3f} ± {:.3f} more where those of least rollout go first (mean and 95 % interval, photographs: 3)".format(
+        f"60 % of rollout on {100 * mean('rollout_patches'):.0f} %,",
+        f"predicted class is {mean('area, most rollout'):.3f} if those with most rollout",
+        "{:.3f} ± {:.3f} higher in random order and".format(*differences["random"]),
+        "{:.3f} ± {:.3f} higher if those with least rollout go first (mean and 95 % interval, photographs: 3)".format(
             *differences["least rollout"]
         ),
     ):
@@ -113,7 +114,7 @@ def test_each_criterion_decides(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The other orders lose the class as that of most rollout does, or so much later, in one image more than in the other."""
+    """The curves of the other orders are that of most rollout plus a constant, larger in one image than in the other."""
     real = rollout.deletion
 
     def changed(*arguments: Any) -> Any:
@@ -126,14 +127,14 @@ def test_each_criterion_decides(
     monkeypatch.setattr(rollout, "DIFFERENT", threshold)
     monkeypatch.setattr(rollout, "FEW", few)
     monkeypatch.setattr(rollout, "deletion", changed)
-    main(str(checkpoint), out=tmp_path, limit=2)
+    main(StudyOptions(model=str(checkpoint), out=tmp_path, limit=2))
     study = kept(tmp_path)[1]
     assert [answer.partition(":")[0] for answer in study["published"]] == answers
     assert study["as_published"] is holds
 
 
-def test_one_photograph_tells_of_no_mean(checkpoint: Path, tmp_path: Path) -> None:
-    main(str(checkpoint), out=tmp_path, limit=1)
+def test_one_photograph_has_no_interval(checkpoint: Path, tmp_path: Path) -> None:
+    main(StudyOptions(model=str(checkpoint), out=tmp_path, limit=1))
     study = kept(tmp_path)[1]
     assert "nan" not in study["finding"]
     assert study["as_published"] is None or study["published"][0].startswith("no")
@@ -145,7 +146,7 @@ def test_the_same_input_gives_the_same_bytes(
 ) -> None:
     for name in ("one", "two"):
         assert typed(monkeypatch, main, "--model", checkpoint, "--limit", 4, "--out", tmp_path / name) == 0
-    assert "Two heads of layer 2 correlate by" in capsys.readouterr().out
+    assert "the maps of two heads of layer 2 correlate at" in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["rollout.csv", "rollout.json", "rollout.png", "rollout_deletion.csv", "rollout_deletion.png"]
     for name in files:
@@ -156,14 +157,14 @@ def test_a_model_without_classifier_is_judged_by_its_heads(tmp_path: Path, capsy
     headless = small_vit(num_classes=0, num_heads=4)
     headless.preprocessing = Preprocessing((24, 24), resize=24)
     (tmp_path / "rollout_deletion.png").touch()  # of an earlier model
-    main(str(save_model(headless, tmp_path / "headless.safetensors")), out=tmp_path, limit=3)
-    assert "note: deletion is left out: VisionTransformer returns no scores of classes" in capsys.readouterr().err
+    main(StudyOptions(model=str(save_model(headless, tmp_path / "headless.safetensors")), out=tmp_path, limit=3))
+    assert "note: deletion is left out: VisionTransformer does not return scores of classes" in capsys.readouterr().err
     table, content = kept(tmp_path)
     assert not set(AREAS) & set(table)
     assert [answer.partition(":")[0] for answer in content["published"]][1:] == ["open", "open"]
     few, apart = table.heads_patches.mean() < 0.3, table.heads_correlation.mean() < 0.5
     assert content["as_published"] is (None if few and apart else False)
-    assert "No patches were taken away, for want of classes" in content["finding"]
+    assert "No patches were deleted, because the model predicts no classes" in content["finding"]
     assert not (tmp_path / "rollout_deletion.png").exists()
 
 
@@ -174,7 +175,7 @@ def test_a_model_without_classifier_is_judged_by_its_heads(tmp_path: Path, capsy
         (["--model", "nowhere.pt"], "there is no checkpoint file or folder nowhere.pt"),
     ],
 )
-def test_what_is_not_there(
+def test_missing_files(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert typed(monkeypatch, main, "--out", tmp_path, *arguments) == 2

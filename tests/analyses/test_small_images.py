@@ -1,4 +1,4 @@
-"""Reading sheets and folders, and that augmenting and mixing do what they say."""
+"""Reading sheets and folders, augmenting and mixing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pixels(count: int = 6, size: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_sheets_are_cut_and_their_filling_left_out(sheets: Path) -> None:
+def test_sheets_are_cut_without_their_padding(sheets: Path) -> None:
     train, val = read_data(sheets, 16)
     assert train.classes == val.classes == list(CLASSES)
     assert train.labels.bincount().tolist() == [90, 90, 75]
@@ -31,7 +31,7 @@ def test_sheets_are_cut_and_their_filling_left_out(sheets: Path) -> None:
         assert np.array_equal(train.images[index].permute(1, 2, 0).numpy(), picture("across", random))
 
 
-def test_a_folder_of_images_a_class(tmp_path: Path) -> None:
+def test_one_folder_of_images_per_class(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for label, name in enumerate(("first.class", "second")):
             (tmp_path / split / name / "deep").mkdir(parents=True)
@@ -56,25 +56,25 @@ def test_sheets_are_resized(sheets: Path) -> None:
         (lambda folder: write_sheets(folder / "train", {"across": 20}, 0), "there is no image file or folder .*val"),
         (
             lambda folder: [write_sheets(folder / split, {name: 20}, 0) for split, name in (("train", "a"), ("val", "b"))],
-            "train and val do not hold the same classes; in one only: a, b",
+            "train and val have different classes; only one of them has a, b",
         ),
         (
             lambda folder: (
                 write_sheets(folder / "train", {"a": 20}, 0),
                 Image.new("RGB", (50, 16)).save(folder / "train/b.png"),
             ),
-            r"b.png is 50 x 16 pixels, no sheet of square images, 20 in a row",
+            r"b.png is 50 x 16 pixels, which is not a sheet of square images, 20 per row",
         ),
     ],
     ids=["nothing", "no val", "other classes", "no sheet"],
 )
-def test_what_cannot_be_read_is_refused(make: object, message: str, tmp_path: Path) -> None:
+def test_unreadable_data(make: object, message: str, tmp_path: Path) -> None:
     make(tmp_path)  # type: ignore[operator]
     with pytest.raises(InputError, match=message):
         read_data(tmp_path, 16)
 
 
-def test_standardised_as_the_model_s_preprocessing_does() -> None:
+def test_normalize_equals_the_model_s_preprocessing() -> None:
     image = pixels(1)
     prepare = Preprocessing((16, 16), resize=16)
     expected = prepare(Image.fromarray(image[0].permute(1, 2, 0).numpy()))
@@ -92,18 +92,18 @@ def test_augmenting_varies_each_image_by_itself_and_repeats_with_the_seed() -> N
     assert (first <= black_to_white[1] + 1e-5).all()
 
 
-def test_augmenting_keeps_a_grey_image_grey_and_even() -> None:
+def test_augmenting_keeps_a_grey_image_grey_and_constant() -> None:
     grey = torch.full((16, 3, 8, 8), 128, dtype=torch.uint8)
     values = augment(grey, torch.Generator().manual_seed(0))
-    mean, std = torch.tensor(Preprocessing.usual((1, 1)).mean), torch.tensor(Preprocessing.usual((1, 1)).std)
+    mean, std = torch.tensor(Preprocessing.imagenet((1, 1)).mean), torch.tensor(Preprocessing.imagenet((1, 1)).std)
     levels = values * std[:, None, None] + mean[:, None, None]
     spread = levels.flatten(1).max(1).values - levels.flatten(1).min(1).values
     assert spread.max() < 1e-4
     assert levels.mean(dim=(1, 2, 3)).std() > 0.05  # brightness differs from image to image
 
 
-def test_mixing_tells_the_share_of_each_image() -> None:
-    """On images of one colour each, the share can be read off the pixels."""
+def test_mixing_returns_the_share_of_each_image() -> None:
+    """In images of one colour, the share can be read off the pixels."""
     values = torch.arange(5.0)[:, None, None, None].expand(-1, 3, 10, 10)
     random, shares, boxes = torch.Generator().manual_seed(0), [], 0
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""Norms of tokens as the study draws them, against those of the model's blocks called by hand."""
+"""The study's norms of tokens against those computed from the model's blocks called one by one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from analyses.token_norms import found, main
 from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, save_model
+from vit_probe.cli.study import StudyOptions
 from vit_probe.data.preprocessing import read_image
 
 
 def test_the_numbers_are_those_of_the_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "small.safetensors")
     folder = write_photographs(tmp_path / "photographs", 6)
-    main(model=str(tmp_path / "small.safetensors"), images=[folder], out=tmp_path / "out", limit=5)
+    main(StudyOptions(model=str(tmp_path / "small.safetensors"), images=[folder], out=tmp_path / "out", limit=5))
     table = pd.read_csv(tmp_path / "out" / "token_norms.csv")
     kept = json.loads((tmp_path / "out" / "token_norms.json").read_text())
     assert (tmp_path / "out" / "token_norms.png").stat().st_size > 10000
@@ -38,7 +39,7 @@ def test_the_numbers_are_those_of_the_blocks(tmp_path: Path, capsys: pytest.Capt
             assert mine["median"].iloc[0] == pytest.approx(np.quantile(norms, 0.5, method="inverted_cdf"), rel=0.005)
     last = table[table.layer == 2].iloc[0]
     assert kept["as_published"] is bool(last.artifacts == 0)  # the model is small
-    assert "Of 3 layers of a model with 0.0 million parameters" in kept["finding"]
+    assert "Of the 3 layers of a model with 0.0 million parameters" in kept["finding"]
     assert kept["provenance"]["images"]["count"] == 5
     assert kept["finding"] in capsys.readouterr().out
 
@@ -62,8 +63,10 @@ def test_large_models_have_artifacts_and_small_ones_none(parameters: float, larg
     assert none.text.endswith("none has artifacts; in the last, the highest norm is 2.5 times the median.")
     assert none.holds is not large
     some = found(layers(0.0, 0.03, 0.021), int(parameters), 0)
-    assert "2 have artifacts, the first of them layer 1; most are in layer 1: 3 % of the patch tokens, in 90%" in some.text
-    assert some.text.endswith("norm of 300 where the others have 21. In the last layer 2.1 % are artifacts.")
+    assert "2 have artifacts, starting with layer 1. Layer 1 has the most: 3 % of the patch tokens, in 90% of the" in some.text
+    assert some.text.endswith(
+        "norm of 300 compared with 21 for the others. In the last layer, 2.1 % of the patch tokens are artifacts."
+    )
     assert some.holds is large
     assert "million parameters and 4 registers, none has artifacts" in found(layers(0.0), int(parameters), 4).text
     assert found(layers(0.0), int(parameters), 4).holds
@@ -87,11 +90,12 @@ def test_registers_are_counted(tokens: dict[str, Any], said: str, tmp_path: Path
     model = VisionTransformer(ViTConfig(**(sizes | tokens)))
     model.preprocessing = Preprocessing((16, 16), resize=16)
     save_model(model, tmp_path / "model.safetensors")
-    main(model=str(tmp_path / "model.safetensors"), images=[write_photographs(tmp_path / "photographs", 4)], out=tmp_path)
+    photographs = write_photographs(tmp_path / "photographs", 4)
+    main(StudyOptions(model=str(tmp_path / "model.safetensors"), images=[photographs], out=tmp_path))
     assert said in json.loads((tmp_path / "token_norms.json").read_text())["finding"]
 
 
-def test_the_bundled_model_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_model_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = []
     for _ in range(2):
         assert typed(monkeypatch, main, "--limit", 4, "--out", tmp_path, "--format", "png", "--format", "pdf") == 0
@@ -101,6 +105,6 @@ def test_the_bundled_model_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.Mo
     assert table.groupby("layer").tokens.sum().tolist() == [4 * 64] * 9
 
 
-def test_no_such_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, main, "--images", tmp_path / "nowhere", "--out", tmp_path) == 2
     assert "nowhere" in capsys.readouterr().err

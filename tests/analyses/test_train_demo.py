@@ -1,4 +1,4 @@
-"""The training program as it is typed: killed, gone on with, and refusing what makes no sense."""
+"""The training program from the command line: killed, continued, and with impossible options."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "2", "--heads", "2", "--set", "batch_size=32"]
 
 
-def test_killed_and_gone_on_with(
+def test_killed_and_continued(
     sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL at some moment after the first epoch; the same command then ends as an undisturbed run does."""
+    """After SIGKILL at some moment after the first epoch, the same command ends as an undisturbed run does."""
     arguments = [sheets, *SMALL, "--set", "epochs=8", "--set", "full_epochs=1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from analyses.train_demo import main; "
-    threads += "from vit_probe.cli.console import command; command(main)()"
+    threads += "from vit_probe.cli.study import run_study; run_study(main)"
     process = subprocess.Popen([sys.executable, "-c", threads, *map(str, arguments), "--out", str(killed)], cwd=ROOT)
     try:
         deadline = time.monotonic() + 120
@@ -52,7 +52,7 @@ def test_killed_and_gone_on_with(
     assert model.preprocessing.size == (16, 16)
 
 
-@pytest.mark.parametrize("position", ["none", "learned_2d", "sincos_2d"])
+@pytest.mark.parametrize("position", ["none", "learned_2d", "sincos_2d", "relative", "rope_2d"])
 def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         typed(
@@ -76,7 +76,7 @@ def test_other_position_embeddings(position: str, sheets: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("position", ["learned_1d", "none"])
 def test_a_hybrid(position: str, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tokens are cells of a ResNet's map, as many as the patches of the same size; the ResNet learns too."""
+    """The tokens are the cells of a ResNet's map, as many as there would be patches of this size; the ResNet learns, too."""
     short = ["--set", "epochs=2", "--set", "warmup=0.5", "--set", "full_epochs=1", "--position", position]
     assert typed(monkeypatch, main, sheets, *SMALL, *short, "--stem", "hybrid", "--out", tmp_path) == 0
     model = load_model(tmp_path / "model.safetensors")
@@ -89,12 +89,12 @@ def test_a_hybrid(position: str, sheets: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("patch_size", "layers"), [(4, (1,)), (8, (1, 1)), (16, (1, 1, 1)), (32, (1, 1, 1, 1))])
-def test_the_map_of_the_small_resnet_has_a_cell_for_each_patch(patch_size: int, layers: tuple[int, ...]) -> None:
+def test_the_map_of_the_small_resnet_has_one_cell_per_patch(patch_size: int, layers: tuple[int, ...]) -> None:
     assert small_resnet(patch_size).layers == layers
     assert small_resnet(patch_size).stride == patch_size
 
 
-def test_learned_positions_of_both_kinds_start_alike() -> None:
+def test_learned_positions_of_both_kinds_start_with_the_same_norm() -> None:
     sizes = {}
     for position in ("learned_1d", "learned_2d"):
         torch.manual_seed(0)
@@ -114,13 +114,16 @@ def test_learned_positions_of_both_kinds_start_alike() -> None:
         (["DATA", "--image-size", "60"], "does not divide into patches of 8 x 8"),
         (
             ["DATA", "--stem", "hybrid", "--patch-size", "6", "--image-size", "48"],
-            "patches of 4, 8, 16, ... pixels, got 6; choose",
+            "patches of 4, 8, 16, ... pixels, got 6; pass",
         ),
-        (["DATA", "--stem", "hybrid", "--patch-size", "2"], "a hybrid has patches of 4, 8, 16, ... pixels, got 2"),
-        (["DATA", "--position", "round"], "'round' is not one of 'none', 'learned_1d', 'learned_2d', 'sincos_2d'"),
+        (["DATA", "--stem", "hybrid", "--patch-size", "2"], "a hybrid must have patches of 4, 8, 16, ... pixels, got 2"),
+        (
+            ["DATA", "--position", "round"],
+            "'round' is not one of 'none', 'learned_1d', 'learned_2d', 'sincos_2d', 'relative', 'rope_2d'",
+        ),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(
+def test_impossible_options_give_one_sentence(
     arguments: list[str],
     message: str,
     sheets: Path,
@@ -130,7 +133,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(
 ) -> None:
     given = [str(sheets) if argument == "DATA" else argument for argument in arguments]
     assert typed(monkeypatch, main, *given, "--out", tmp_path / "out") == 2
-    complaint = capsys.readouterr().err
-    assert message in complaint
-    assert len(complaint.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
     assert not (tmp_path / "out" / "state.pt").exists()

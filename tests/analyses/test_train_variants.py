@@ -6,12 +6,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from analyses import train_demo
+from analyses.masking import seen_patches
 from analyses.small_images import read_split
 from analyses.train_variants import FOLDER, VARIANTS, main, read_variants
 from analyses.training import accuracy
 from tests.analyses.conftest import typed
+from tests.analyses.small_models import new_model
 from vit_probe import load_model
 
 SHEETS = Path(__file__).resolve().parents[2].parent / "shared" / "tiny-imagenet-100"
@@ -29,6 +32,7 @@ def test_all_variants_are_trained_alike(
     assert table[["epochs", "images", "seed"]].drop_duplicates().values.tolist() == [[2, 60, 3]]
     assert table.parameters["learned_1d"] - table.parameters["none"] == 17 * 16
     assert table.parameters["sincos_2d"] == table.parameters["none"]
+    assert table.parameters["relative"] - table.parameters["none"] == 2 * (2 * 16 - 1) * 8  # layers, offsets, width of a head
     assert table.parameters["learned_2d"] - table.parameters["none"] == (4 + 4) * 8 + 16
     assert table.parameters["hybrid"] > table.parameters["learned_1d"]
     for name, kind in VARIANTS.items():
@@ -48,6 +52,26 @@ def test_all_variants_are_trained_alike(
     assert (program, data) == ("analyses.train_demo", "DATA")
     assert typed(monkeypatch, train_demo.main, sheets, *options, "--out", tmp_path / "alone") == 0
     assert (tmp_path / "alone" / "model.safetensors").read_bytes() == before["hybrid.safetensors"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["none", "learned_1d", "relative", "rope_2d"])
+def test_hidden_patches_leave_the_others_where_they_are(position: str) -> None:
+    """The same tokens as from all patches with a mask that hides the same ones, whatever kind of positions there is."""
+    model = new_model(position, scale=4.0)
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with seen_patches(model, 0.4) as choice:
+        tokens = model.forward_features(images)
+    mask = torch.zeros(3, 1, 17, 17, dtype=torch.bool)
+    mask[:, :, :, 0] = True
+    for image, seen in enumerate(choice.seen):
+        mask[image, :, :, 1 + seen] = True
+    whole = model.forward_features(images, mask=mask)
+    torch.testing.assert_close(tokens[:, 0], whole[:, 0], atol=1e-5, rtol=0)
+    for image, seen in enumerate(choice.seen):
+        torch.testing.assert_close(tokens[image, 1:], whole[image, 1 + seen], atol=1e-5, rtol=0)
+    assert (tokens[:, 0] - model.forward_features(images)[:, 0]).abs().max() > 1e-2
+    assert not any(block._forward_pre_hooks for block in model.blocks)
 
 
 def test_the_models_that_come_with_the_repository_are_those_of_the_table() -> None:

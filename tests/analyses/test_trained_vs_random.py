@@ -1,4 +1,4 @@
-"""The study of trained and of random weights: both columns against the measures, and the finding that follows."""
+"""The study of trained and random weights: both columns against the measures, and the finding that follows from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.trained_vs_random import found, main
+from analyses.trained_vs_random import MEASURES, found, main
 from tests.analyses.conftest import typed
 from tests.example_models import classifier
 from vit_probe import (
@@ -25,7 +25,7 @@ from vit_probe import (
     sample_photographs,
     save_model,
 )
-from vit_probe.cli.options import Format
+from vit_probe.cli.study import Format, StudyOptions
 from vit_probe.measures.patch_filters import low_frequency_share
 from vit_probe.models.reinitialize import random_weights
 from vit_probe.results import weights_sha256
@@ -35,14 +35,15 @@ from vit_probe.results import weights_sha256
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict]:
     """Table and finding of the bundled model on a few photographs."""
     out = tmp_path_factory.mktemp("trained")
-    main(out=out, limit=6, format=[Format.png])
+    main(StudyOptions(out=out, limit=6, format=[Format.png]))
     assert {path.name for path in out.iterdir()} == {f"trained_vs_random.{ending}" for ending in ("png", "csv", "json")}
     return pd.read_csv(out / "trained_vs_random.csv"), json.loads((out / "trained_vs_random.json").read_text())
 
 
-def test_both_columns_are_what_the_measures_say(shown: tuple[pd.DataFrame, dict]) -> None:
+def test_both_columns_agree_with_the_measures(shown: tuple[pd.DataFrame, dict]) -> None:
     table, kept = shown
     assert list(table) == ["measure", "number", "unit", "trained", "random"]
+    assert tuple(table["measure"].unique()) == MEASURES
     photographs = sample_photographs(6)
     demo = load_model("demo")
     for name, model in (("trained", demo), ("random", random_weights(demo, seed=0))):
@@ -76,18 +77,18 @@ def test_the_finding_follows_from_the_numbers(shown: tuple[pd.DataFrame, dict]) 
     )
     demo, photographs = load_model("demo"), sample_photographs(6)
     maps = [attention_rollout(model, photographs).maps for model in (demo, random_weights(demo, seed=0))]
-    alike = np.median([np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in zip(*maps, strict=True)])
+    correlation = np.median([np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in zip(*maps, strict=True)])
     text = kept["finding"]
     assert f"from {far.random:.1f} to {far.trained:.1f} px" in text
     assert f"filters from {smooth.random:.2f} to {smooth.trained:.2f}" in text
     assert f"positions from {near.random:.2f} to {near.trained:.2f}" in text
-    assert f"correlate at {alike:.2f} (median)" in text
+    assert f"correlate at {correlation:.2f} (median)" in text
     holds = far.trained >= 2 * far.random and min(smooth.trained - smooth.random, near.trained - near.random) >= 0.1
     more = numbers.loc["rollout", "largest over mean"]
     assert kept["as_published"] == bool(holds and more.trained - 1 >= 2 * (more.random - 1))
 
 
-def test_weights_that_no_training_has_touched_differ_in_nothing_that_was_published(
+def test_an_untrained_model_does_not_differ_from_random_weights_as_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_model(random_weights(classifier(depth=2), seed=1), tmp_path / "untrained.safetensors")  # type: ignore[arg-type]
@@ -110,24 +111,24 @@ RANGES = {
 
 
 @pytest.mark.parametrize(
-    ("what", "changed", "alike", "holds"),
+    ("what", "changed", "correlation", "holds"),
     [
         ("as published", {}, 0.4, True),
-        ("heads no wider apart", {("attention_distance", "range of heads"): (19.0, 10.0)}, 0.4, False),
+        ("the range of heads does not double", {("attention_distance", "range of heads"): (19.0, 10.0)}, 0.4, False),
         ("filters no smoother", {("patch_filters", "low frequencies"): (0.35, 0.3)}, 0.4, False),
-        ("neighbours no more alike", {("position_similarity", "neighbours"): (0.15, 0.1)}, 0.4, False),
+        ("neighbours no more similar", {("position_similarity", "neighbours"): (0.15, 0.1)}, 0.4, False),
         ("positions are not learned", {("position_similarity", "neighbours"): (0.6, 0.6)}, 0.4, True),
-        ("no table of positions", {("position_similarity", "neighbours"): (np.nan, np.nan)}, 0.4, True),
-        ("rollout is nearly even", {("rollout", "largest over mean"): (1.15, 1.1)}, 0.4, False),
-        ("maps that correlate with nothing", {}, float("nan"), True),
+        ("no position embedding", {("position_similarity", "neighbours"): (np.nan, np.nan)}, 0.4, True),
+        ("rollout is nearly uniform", {("rollout", "largest over mean"): (1.15, 1.1)}, 0.4, False),
+        ("constant maps, without a correlation", {}, float("nan"), True),
         ("heads that do not differ", {("attention_distance", "range of heads"): (0.0, 0.0)}, 0.4, None),
         ("without rollout", {}, None, True),
     ],
 )
-def test_each_criterion_decides(what: str, changed: dict[Any, Any], alike: float | None, holds: bool | None) -> None:
+def test_each_criterion_decides(what: str, changed: dict[Any, Any], correlation: float | None, holds: bool | None) -> None:
     rows = [(*place, "", *values) for place, values in (RANGES | changed).items()]
     table = pd.DataFrame(rows, columns=["measure", "number", "unit", "trained", "random"])
-    assert found(table, alike).holds is holds, what
+    assert found(table, correlation).holds is holds, what
 
 
 def test_a_model_without_rollout_is_judged_by_the_rest(

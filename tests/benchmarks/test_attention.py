@@ -1,4 +1,4 @@
-"""The benchmark on models of two layers: what it writes, and that it stops where methods measure different things."""
+"""The benchmark on models of two layers: its tables, and that it stops if methods measure different things."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bench(out: Path, *cases: Case, methods: list[str] | None = None, repeats: in
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory without fresh processes: the n-th method of the list takes n MB."""
+    """Peak memory without fresh processes: the n-th method takes n MB."""
     monkeypatch.setattr(
         attention, "peak_in_fresh_process", lambda setting, name: Peak(1_000_000 * (1 + list(METHODS).index(name)))
     )
@@ -89,7 +89,7 @@ def test_all_cases_side_by_side() -> None:
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_what_is_finished_stays_when_a_later_case_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cases_are_kept_when_a_later_case_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = ["vit-probe-distance"]
     bench(tmp_path, tiny(2), methods=methods)
     measure = attention._measure
@@ -125,7 +125,7 @@ def test_a_method_that_measures_something_else_stops_it(
 ) -> None:
     right = getattr(formulas, formula)
     monkeypatch.setattr(formulas, formula, lambda *given: 1.002 * right(*given))
-    with pytest.raises(RuntimeError, match=f"{method}: .* differs from vit_probe's by 2.0e-03.*more than 1e-03"):
+    with pytest.raises(RuntimeError, match=f"{method}: .* differs from vit_probe's by a relative 2.0e-03, more than 1e-03"):
         bench(tmp_path, tiny(4), methods=[method])
     assert not list(tmp_path.iterdir())
 
@@ -141,17 +141,17 @@ def test_a_model_with_other_weights_stops_it(floor: str) -> None:
         check_agreement(floor, run(setting.batches), output, 1e-3)
 
 
-def test_numbers_of_another_shape_or_none_are_refused() -> None:
+def test_numbers_of_another_shape_or_none() -> None:
     expected = {"distance": np.ones((2, 2))}
     with pytest.raises(RuntimeError, match=r"shape \(2, 1\), vit_probe's \(2, 2\)"):
         check_agreement("peer", {"distance": np.ones((2, 1))}, expected, 1e-3)
     with pytest.raises(RuntimeError, match="no numbers"):
         check_agreement("peer", {}, expected, 1e-3)
-    with pytest.raises(RuntimeError, match="by nan"):
+    with pytest.raises(RuntimeError, match="by a relative nan"):
         check_agreement("peer", {"distance": np.full((2, 2), np.nan)}, expected, 1e-3)
 
 
-def test_heads_attend_unevenly_so_that_agreement_means_something() -> None:
+def test_attention_is_far_from_uniform_so_that_agreement_means_something() -> None:
     setting = Setting(tiny(6), CPU, torch.float32)
     distance = METHODS["vit-probe-distance"].prepare(setting)(setting.batches)["distance"]
     assert np.abs(distance / setting.grid.uniform_distance() - 1).max() > 0.02
@@ -165,7 +165,7 @@ def test_patch_distances_are_those_between_centres() -> None:
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_what_does_not_fit_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_that_do_not_fit_are_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["vit-probe-distance", "transformers-distance", "timm-hooks-distance"]
     case = tiny(4)
     maps = 2 * 17 * 17 * 4  # bytes of a head's maps of a batch
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_not_started(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_what_a_case_leaves_out_is_run_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_a_case_leaves_out_is_run_if_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "METHODS", {name: METHODS[name] for name in ("fused", "vit-probe-rollout")})
     case = replace(tiny(4), left_out={"vit-probe-rollout": "left out: long"})
     frame = bench(tmp_path, case).set_index("method")
@@ -190,7 +190,7 @@ def test_what_a_case_leaves_out_is_run_when_asked_for(tmp_path: Path, monkeypatc
     assert frame.loc["vit-probe-rollout", "repeats"] == 2
 
 
-def test_memory_is_that_of_the_run_alone() -> None:
+def test_memory_does_not_include_the_model() -> None:
     # 1,025 tokens: the maps of a layer take 4 heads x 1,025^2 x 4 bytes = 17 MB, and two are there at once.
     case = replace(tiny(32), num_heads=4, embed_dim=16, images=1, batch_size=1)
     setting = Setting(case, CPU, torch.float32)
@@ -202,13 +202,13 @@ def test_memory_is_that_of_the_run_alone() -> None:
     assert plain.size < 60e6
 
 
-def test_a_process_that_fails_is_told_in_the_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_note_says_that_a_process_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
     peak = peak_in_fresh_process(Setting(tiny(4), CPU, torch.float32), "fused")
     assert peak == Peak(None, "no memory: the process ended with 1 (no message)")
 
 
-def test_available_memory_is_told_on_linux() -> None:
+def test_available_memory_is_known_on_linux() -> None:
     available = available_bytes(CPU)
     if Path("/proc/meminfo").exists():
         assert available is not None
@@ -234,7 +234,7 @@ def test_floors_come_first_and_once() -> None:
     ]
 
 
-def test_unknown_names_are_refused(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no case nothing; choose from base-196"):
         attention.main(case=["nothing"], out=tmp_path)
     with pytest.raises(InputError, match="no method nothing; choose from fused"):
