@@ -20,6 +20,7 @@ check: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The tables in benchmarks/results: hours on two cores; `python -m benchmarks.attention --quick` takes minutes.
 bench: .venv/installed-test
@@ -40,7 +41,7 @@ endif
 
 # Not OUT: it may hold a training.
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, but for the network."""
+"""The Python of README.md and CONTRIBUTING.md runs as it stands there, without the network."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import torch
 import vit_probe.checkpoints
 from benchmarks.report import read_other_cases, side_by_side
 from tests.checkpoints.parity import randomize
+from vit_probe.measures.base.discovery import measure_files
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+CONTRIBUTIONS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.DOTALL
+)
 
 
 @pytest.fixture
@@ -41,10 +45,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return fetched
 
 
-def test_there_are_three_scripts() -> None:
-    assert len(SCRIPTS) == 3
-    for script, what in zip(SCRIPTS, ('load_model("demo")', "dinov3", "attention_hooks(model"), strict=True):
-        assert what in script
+def test_there_are_scripts_to_run() -> None:
+    assert len(SCRIPTS) == 4
+    marks = ('load_model("demo")', "per_image=True", "dinov3", "attention_hooks(model")
+    for script, mark in zip(SCRIPTS, marks, strict=True):
+        assert mark in script
 
 
 def test_two_libraries_with_the_same_three_lines(
@@ -56,15 +61,30 @@ def test_two_libraries_with_the_same_three_lines(
     exec(script, {})
     assert len(hub) == 2
     assert {path.name for path in tmp_path.glob("*.png")} == {"Eva.png", "SiglipVisionModel.png"}
-    assert capsys.readouterr().out.count("mean distance (px)") == 2
+    assert capsys.readouterr().out.count("mean distance (pixels)") == 2
 
 
-@pytest.mark.parametrize("what", ["demo", "attention_hooks(model"])
-def test_the_other_scripts(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (script,) = [script for script in SCRIPTS if what in script]
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "dinov3" not in script])
+def test_the_other_scripts(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(script, {})
-    assert bool(list(tmp_path.glob("*.png"))) is (what == "demo")
+    assert bool(list(tmp_path.glob("*.png"))) is ("savefig" in script)
+
+
+@pytest.mark.parametrize("script", CONTRIBUTIONS)
+def test_the_measures_that_contributors_are_shown(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(script.splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    assert bool(list(tmp_path.glob("*.png"))) is ("savefig" in script)
+    assert "head" in capsys.readouterr().out
+
+
+def test_every_measure_stands_in_the_table() -> None:
+    for one in measure_files().values():
+        assert f"| `{one.function}` |" in README
 
 
 def test_what_it_costs_is_what_was_measured() -> None:
