@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from tests.example_models import images, small_vit
-from vit_probe import InputError, attention_entropy, head_measure, layer_measure, local_mass, measure, offset_measure
+from vit_probe import (
+    InputError,
+    TokenGrid,
+    attention_entropy,
+    head_measure,
+    layer_measure,
+    local_mass,
+    mean_attention_distance,
+    measure,
+    offset_measure,
+)
+from vit_probe.tokens.grid import Windows
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 
@@ -99,3 +110,12 @@ def test_choices_of_the_decorators() -> None:
 def test_a_radius_is_not_negative(radius: float) -> None:
     with pytest.raises(InputError, match="radius must be 0 or more patches"):
         run(partial(local_mass, radius=radius))
+
+
+def test_windows_with_other_patches_are_not_merged() -> None:
+    grid = TokenGrid(2, 2, (8, 8), 0, False)
+    rows, cols = (Windows(grid, torch.tensor(patches)) for patches in ([[0, 1], [2, 3]], [[0, 2], [1, 3]]))
+    one, other = (mean_attention_distance.observer(grid, windows={0: windows}) for windows in (rows, cols))
+    with pytest.raises(InputError, match="within other windows; measure images of one size with one model"):
+        one.merge(other)
+    one.merge(mean_attention_distance.observer(grid, windows={0: rows}))  # the same windows are no error
