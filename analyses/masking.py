@@ -33,8 +33,8 @@ class Choice:
 def seen_patches(model: VisionTransformer, share: float) -> Iterator[Choice]:
     """Within the `with` block, the layers see the prefix tokens and a random share of the patches of each image.
 
-    Patches keep their positions: those that are added to the tokens are added before, and those in the attention are told
-    which patches are left. Each forward pass updates the yielded choice.
+    Patches keep their positions: those that are added to the tokens are added before, and the attention is given those of
+    the patches that are left. Each forward pass updates the yielded choice.
 
     References:
         Liu et al. 2022, arXiv:2208.07220 (PatchDropout).

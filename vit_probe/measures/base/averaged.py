@@ -1,8 +1,8 @@
-"""What results of averages over images have in common: named values with their spread, and the values of single images."""
+"""What averages over images have in common: their streaming measures, and their results with spread and single images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,42 @@ import numpy as np
 import pandas as pd
 
 from vit_probe.errors import InputError
+from vit_probe.measures.base.running_stats import LayerStats
 from vit_probe.results import Result
 
-__all__ = ["AveragedResult"]
+__all__ = ["AveragedResult", "AveragingMeasure"]
+
+
+class AveragingMeasure:
+    """The part of a streaming measure whose state is `LayerStats`, whatever is averaged.
+
+    Args:
+        display_name: What is measured, for messages.
+        options: What distinguishes this measure from others of its name, for provenance.
+        per_image: Whether to keep the value of every image.
+    """
+
+    def __init__(self, display_name: str, options: Mapping[str, Any], *, per_image: bool) -> None:
+        self.per_image = per_image
+        self._options = dict(options)
+        self._stats = LayerStats(display_name, per_image=per_image)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What distinguishes this measure from others of its name, for provenance."""
+        return self._options | ({"per_image": True} if self.per_image else {})
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to continue from here: arrays, and what JSON can hold."""
+        return self._stats.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Return to where `state` was taken, of a measure of the same model with the same options."""
+        self._stats.restore(state)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Put the values of single images into another order: first those of the image that was the `order[0]`-th."""
+        self._stats.reorder(order)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

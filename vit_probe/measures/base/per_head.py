@@ -14,8 +14,7 @@ from jaxtyping import Float
 
 from vit_probe.attention.tiles import AttentionTile
 from vit_probe.errors import InputError
-from vit_probe.measures.base.averaged import AveragedResult
-from vit_probe.measures.base.running_stats import LayerStats
+from vit_probe.measures.base.averaged import AveragedResult, AveragingMeasure
 from vit_probe.results import KeyNumber
 from vit_probe.runner.resume import differing
 from vit_probe.tokens.grid import TokenGrid, Windows
@@ -142,7 +141,7 @@ class HeadMeans(Protocol):
     def add(self, tile: AttentionTile) -> dict[str, Float[np.ndarray, "image head *values"]] | None: ...
 
 
-class PerHead(ABC):
+class PerHead(AveragingMeasure, ABC):
     """A streaming measure with some values for every head; an observer for `attention_hooks`.
 
     Args:
@@ -167,20 +166,13 @@ class PerHead(ABC):
     ) -> None:
         self.grid = grid
         self.windows = dict(windows or {})
-        self.per_image = per_image
-        self._options = dict(options)
+        super().__init__(self.display_name, options, per_image=per_image)
         self._means = self._head_means()
-        self._stats = LayerStats(self.display_name, per_image=per_image)
 
     @property
     def display_name(self) -> str:
         """What is measured, for messages."""
         return f"values of {self.name}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its name, for provenance."""
-        return self._options | ({"per_image": True} if self.per_image else {})
 
     @abstractmethod
     def _head_means(self) -> HeadMeans:
@@ -215,20 +207,12 @@ class PerHead(ABC):
         """Remember the present state for `roll_back`."""
         self._stats.set_checkpoint()
 
-    def end_batch(self) -> None:  # noqa: B027  (not every measure has something left to do)
+    def end_batch(self) -> None:
         """Finish the batch; nothing is left to do."""
 
     def roll_back(self) -> None:
         """Forget everything since `begin_batch`."""
         self._stats.roll_back()
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to continue from here: arrays, and what JSON can hold."""
-        return self._stats.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Return to where `state` was taken, of a measure with the same grid, windows and options."""
-        self._stats.restore(state)
 
     def merge(self, other: Self) -> None:
         """Add the images of `other`. Either may be empty.
@@ -247,10 +231,6 @@ class PerHead(ABC):
                 f"cannot merge {self.display_name} within other windows; measure images of one size with one model"
             )
         self._stats.merge(other._stats)
-
-    def reorder(self, order: Sequence[int]) -> None:
-        """Put the values of single images into another order: first those of the image that was the `order[0]`-th."""
-        self._stats.reorder(order)
 
     def compute(
         self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None

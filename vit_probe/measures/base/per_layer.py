@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vit_probe.errors import InputError
-from vit_probe.measures.base.averaged import AveragedResult
+from vit_probe.measures.base.averaged import AveragedResult, AveragingMeasure
 from vit_probe.measures.base.discovery import SHARED_OPTIONS
 from vit_probe.measures.base.hidden_states import HiddenStateMeasure
 from vit_probe.measures.base.reduce import check_values, read_only
 from vit_probe.measures.base.registry import MeasureFunction, register
-from vit_probe.measures.base.running_stats import LayerStats
 from vit_probe.results import KeyNumber
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid
@@ -154,7 +153,7 @@ def layer_measure(
     return decorate
 
 
-class LayerMeasure(HiddenStateMeasure):
+class LayerMeasure(AveragingMeasure, HiddenStateMeasure):
     """The streaming measure that `layer_measure` declares.
 
     Args:
@@ -186,26 +185,13 @@ class LayerMeasure(HiddenStateMeasure):
         per_image: bool = False,
         result: type[LayerResult] = LayerResult,
     ) -> None:
-        super().__init__(modules)
         self.name, self.display_name = name, f"values of {name}"
+        HiddenStateMeasure.__init__(self, modules)
+        AveragingMeasure.__init__(self, self.display_name, options or {}, per_image=per_image)
         self._function, self._grids, self._unit, self._axis = function, list(grids), unit, axis
         self._axis_label = axis_label
         self._label = label or name.replace("_", " ").capitalize()
-        self._options, self._per_image, self._result = dict(options or {}), per_image, result
-        self._stats = LayerStats(self.display_name, per_image=per_image)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What distinguishes this measure from others of its name, for provenance."""
-        return self._options | ({"per_image": True} if self._per_image else {})
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to continue from here: arrays, and what JSON can hold."""
-        return self._stats.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Return to where `state` was taken, of a measure of the same model with the same options."""
-        self._stats.restore(state)
+        self._result = result
 
     def merge(self, other: Self) -> None:
         """Add the images of `other`. Either may be empty.
@@ -215,10 +201,6 @@ class LayerMeasure(HiddenStateMeasure):
         """
         self._check_alike(other)
         self._stats.merge(other._stats)
-
-    def reorder(self, order: Sequence[int]) -> None:
-        """Put the values of single images into another order: first those of the image that was the `order[0]`-th."""
-        self._stats.reorder(order)
 
     def compute(
         self, provenance: dict[str, Any] | None = None, *, names: list[str] | None = None, images: np.ndarray | None = None
