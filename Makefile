@@ -8,13 +8,18 @@ OUT ?= out
 DINOV2 ?= $(wildcard ../shared/checkpoints/dinov2-small)
 IMAGES ?= $(wildcard ../shared/imagenet-sample-128)
 
-.PHONY: demo test check bench figures clean
+.PHONY: demo test test-oldest check bench figures clean
 
 demo: .venv/installed
 	$(BIN)/vit-probe figures --model $(MODEL) --out $(OUT)
 
 test: .venv/installed-test
 	$(BIN)/pytest -n 2
+
+# The same tests with the oldest versions that pyproject.toml allows, in an environment of their own. The registry's builds of torch
+# come with CUDA's libraries, several gigabytes.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/pytest -n 2
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .
@@ -41,7 +46,7 @@ endif
 
 # Not OUT: it may hold a training.
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -53,3 +58,8 @@ clean:
 .venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch .venv/installed $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
+	touch $@

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_probe import InputError
-from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, find_images, read_image
+from vit_probe.data.image_files import find_images, read_image
+from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Split", "augment", "mix", "normalize", "read_data", "read_split"]
 

@@ -7,7 +7,7 @@ et al. 2023 (vit_analysis) and the formula of Park & Kim 2022 (how-do-vits-work)
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,12 @@ def numbers() -> dict[str, Any]:
 def measured(numbers: dict[str, Any]) -> Measured:
     model = load_model(SHARED / "checkpoints" / "dinov2-small")
     paths = [SHARED / "imagenet-sample-128" / name for name in numbers["images"]]
-    run = AttentionRun(model, paths, batch_size=8, device="cpu")
+    # The reference was made with a crop that rounds as torchvision's does; the checkpoint's own processor rounds down.
+    preprocessing = replace(model.preprocessing, crop_rounding="half_to_even")
+    run = AttentionRun(model, paths, preprocessing=preprocessing, batch_size=8, device="cpu")
     both = mean_attention_distance.observer(run.grid), mean_attention_distance.observer(run.grid, prefix="drop")
     run.observe(*both)
-    first = AttentionRun(model, paths[:1], device="cpu")
+    first = AttentionRun(model, paths[:1], preprocessing=preprocessing, device="cpu")
     first.observe(rollout := AttentionRollout(first.grid))
     return Measured(
         model,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch import nn
 
 from tests.measures.tiles import arrays_of
 from vit_probe import InputError, VisionTransformer, ViTConfig, attention_rollout, load_result, mean_attention_distance
 from vit_probe.measures import AttentionRolloutResult
+from vit_probe.measures.base.discovery import measure_files
 from vit_probe.measures.base.per_head import HeadResult
 from vit_probe.measures.base.registry import registered
 from vit_probe.results import GenericResult, software_versions, weights_sha256
@@ -79,11 +84,12 @@ def test_provenance(distance: HeadResult, model: VisionTransformer) -> None:
     assert provenance["model"]["weights_sha256"] == weights_sha256(model)
     assert provenance["model"]["config"]["embed_dim"] == 16
     assert provenance["images"]["count"] == 3
-    assert provenance["grid"] == {"rows": 2, "cols": 3, "patch_size": [8, 8], "num_prefix_tokens": 1, "has_cls_token": True}
+    grid = {"rows": 2, "cols": 3, "patch_size": [8, 8], "num_prefix_tokens": 1, "has_cls_token": True}
+    assert provenance["grid"] == grid | {"class_token": 0, "num_suffix_tokens": 0}
     assert provenance["layers"] == ["blocks.0.attn", "blocks.1.attn"]
     assert provenance["options"] == {"prefix": "renormalize"}
     assert provenance["versions"] == software_versions()
-    assert provenance["versions"]["torch"] == torch.__version__
+    assert provenance["versions"]["torch"] == version("torch")
 
 
 def test_the_hash_follows_the_weights(model: VisionTransformer) -> None:
@@ -94,6 +100,23 @@ def test_the_hash_follows_the_weights(model: VisionTransformer) -> None:
         changed = weights_sha256(model)
         model.cls_token -= 1e-3
     assert changed != before
+
+
+def test_the_hash_covers_state_of_every_kind() -> None:
+    class Odd(nn.Module):
+        def __init__(self, extra: str = "a", imaginary: float = 2.0, scale: float = 0.5) -> None:
+            super().__init__()
+            self.extra = extra, torch.quantize_per_tensor(torch.eye(2), scale, 0, torch.qint8), None  # as quantised layers pack
+            self.register_buffer("complex", torch.tensor([1 + imaginary * 1j]).conj())
+            self.register_buffer("sparse", torch.eye(2).to_sparse())
+            self.register_buffer("narrow", torch.ones((), dtype=torch.bfloat16))
+
+        def get_extra_state(self) -> tuple[Any, ...]:
+            return self.extra
+
+    assert weights_sha256(Odd()) == weights_sha256(Odd())
+    others = [{}, {"extra": "b"}, {"imaginary": -2.0}, {"scale": 0.3}]
+    assert len({weights_sha256(Odd(**options)) for options in others}) == 4
 
 
 def test_an_interrupted_write_leaves_the_old_file(
@@ -142,6 +165,69 @@ class TestLoadResult:
         path = rewritten(distance.save(tmp_path / "distance"), colour="red")
         with pytest.raises(InputError, match="not a result of attention_distance as this version writes it: colour differ"):
             load_result(path)
+
+    @pytest.mark.parametrize(
+        "path",
+        ["FOLDER", "FOLDER/pipe", "", "x" * 300, "a\0b", None, 3, ["a"], b"bytes", "/dev/null", "FOLDER/deep", "FOLDER/cut"],
+    )
+    def test_no_readable_file(self, distance: HeadResult, path: Any, tmp_path: Path) -> None:
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(tmp_path / "pipe")
+        save_file({"a": np.zeros(2)}, tmp_path / "deep", metadata={"vit_probe": "[" * 100_000 + "]" * 100_000})
+        (tmp_path / "cut").write_bytes(distance.save(tmp_path / "whole").read_bytes()[:-1])
+        with pytest.raises(InputError, match=r"there is no result file|is not a saved result"):
+            load_result(path.replace("FOLDER", str(tmp_path)) if isinstance(path, str) else path)
+
+    @pytest.mark.parametrize(
+        ("values", "named"),
+        [
+            ({"modules": []}, "modules is"),
+            ({"modules": "ab"}, "modules is 'ab'"),
+            ({"modules": [1, 2]}, r"modules is \[1, 2\]"),
+            ({"values": {"arrays": []}}, "values of shapes {}"),
+            ({"values": {"distance": 1}}, "no attribute 'shape'"),
+            ({"std": {"arrays": ["distance"]}}, "do not fit standard deviations"),
+            ({"num_images": "3"}, "num_images is '3'"),
+            ({"num_images": -3}, "num_images is -3"),
+            ({"num_images": True}, "num_images is True"),
+            ({"num_images": 10**40}, "num_images is 1000"),
+            ({"names": ["a"]}, "with 1 names"),
+            ({"unit": None}, "unit is None"),
+            ({"options": []}, r"options is \[\]"),
+            ({"provenance": "x"}, "provenance is 'x'|no attribute"),
+            ({"provenance": {"skipped": "x"}}, "provenance has skipped 'x'"),
+            ({"uniform": {"arrays": []}, "num_windows": [1, 1]}, r"num_windows is \[1, 1\]"),
+        ],
+    )
+    def test_plain_values_of_another_type(
+        self, distance: HeadResult, values: dict[str, Any], named: str, tmp_path: Path
+    ) -> None:
+        path = rewritten(distance.save(tmp_path / "distance"), **values)
+        with pytest.raises(InputError, match=rf"distance is damaged \(.*{named}.*\); measure again"):
+            load_result(path)
+
+    @pytest.mark.parametrize("change", ["shorter", "longer", "one axis more", "integers", "missing"])
+    @pytest.mark.parametrize("array", ["values/distance", "std/distance", "num_windows", "uniform/distance"])
+    def test_arrays_that_do_not_fit_the_others(self, distance: HeadResult, array: str, change: str, tmp_path: Path) -> None:
+        path = distance.save(tmp_path / "distance")
+        with safe_open(path, framework="numpy") as file:
+            arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        value = arrays.pop(array)
+        if change != "missing":
+            other = np.float32 if value.dtype.kind == "i" else np.int32
+            changes = {"shorter": value[:-1], "longer": np.r_[value, value], "one axis more": value[None]}
+            arrays[array] = changes[change] if change in changes else value.astype(other)
+        save_file(arrays, path, metadata)
+        with pytest.raises(InputError, match=r"distance is (damaged|not a)"):
+            load_result(path)
+
+    @pytest.mark.parametrize("name", [name for name, one in measure_files().items()])
+    def test_the_results_of_every_measure_pass(self, model: VisionTransformer, name: str, tmp_path: Path) -> None:
+        spec = registered()[name]
+        options = {"per_image": True} if "per_image" in spec.options else {}
+        pictures = torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+        result = spec.function(model, pictures, **options) if spec.start else spec.function(model)
+        assert type(load_result(result.save(tmp_path / "result"))) is type(result)
 
     @pytest.mark.parametrize("name", NOT_MEASURES)
     def test_nothing_that_a_file_names_is_imported(self, distance: HeadResult, name: object, tmp_path: Path) -> None:
@@ -203,7 +289,7 @@ def rewritten(path: Path, *, kind: str | None = None, **values: object) -> Path:
 def test_repr_shows_shapes_on_one_line(distance: HeadResult) -> None:
     shown = repr(distance)
     assert shown.startswith("HeadResult(measure='attention_distance', unit='pixels', label=")
-    assert "values={'distance': (2, 2), 'patch_mass': (2, 2)}, std={'distance': (2, 2), 'patch_mass': (2, 2)}" in shown
+    assert "values={'distance': (2, 2), 'patch_mass': (2, 2)" in shown
     assert "uniform={'distance': (2,)}" in shown
     assert "sha256" not in shown
     assert "\n" not in shown

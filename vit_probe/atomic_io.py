@@ -1,15 +1,16 @@
-"""Atomic writing of files: a reader sees either the old content or the new, never a part of it."""
+"""Writing files so that a reader sees either the old content or the new, and folders so that runs do not mix."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from vit_probe.errors import InputError
 
-__all__ = ["writable_folder", "write_bytes"]
+__all__ = ["locked_folder", "writable_folder", "write_bytes"]
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -37,7 +38,8 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable") from None
+        reason = error.strerror or error
+        raise InputError(f"cannot write {path}: {reason}; choose a folder that exists and is writable") from None
     return path
 
 
@@ -63,5 +65,42 @@ def writable_folder(path: str | Path) -> Path:
         with NamedTemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot use {path} as an output folder: {error.strerror}; choose another") from None
+        raise InputError(f"cannot use {path} as an output folder: {error.strerror or error}; choose another") from None
     return path
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Context manager in which no other process can be that has locked the same folder.
+
+    The operating system releases the lock when the process ends, however it ends. On a file system without locks, such as some
+    network drives, nothing is locked.
+
+    Raises:
+        InputError: If another process has locked the folder.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder, locked_folder(Path(folder)):
+        ...     with locked_folder(Path(folder)):
+        ...         pass
+        Traceback (most recent call last):
+        vit_probe.errors.InputError: another run writes into ...; wait until it has ended, or choose another folder
+    """
+    from filelock import FileLock, Timeout  # slow
+
+    file = path / ".vit-probe.lock"
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another run writes into {path}; wait until it has ended, or choose another folder") from None
+    except (OSError, NotImplementedError):  # the file system has no locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes the file at its release
+            file.unlink()
+        lock.release()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import nn, uint8
+from torch import Tensor, nn, strided, uint8
 
 from vit_probe.atomic_io import write_bytes
 from vit_probe.errors import InputError
@@ -116,9 +116,9 @@ class GenericResult(Result):
     contents: dict[str, Any]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per array or value: name, shape, type."""
+        """One row per array or value: name, shape of an array, type."""
         rows = [
-            (name, str(np.shape(value)), str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__)
+            (name, str(value.shape), str(value.dtype)) if isinstance(value, np.ndarray) else (name, "", type(value).__name__)
             for name, value in self.contents.items()
         ]
         return pd.DataFrame(rows, columns=["name", "shape", "type"])
@@ -134,24 +134,25 @@ def read_result(path: str | Path) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: If the file does not exist, or is not a result.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no result file {path}")
     try:
+        if not Path(path).is_file():
+            raise InputError(f"there is no result file {path}")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a saved result ({error})") from None
-    if "vit_probe" not in metadata:
-        raise InputError(f"{path} is a safetensors file, but not a saved result of vit_probe")
-    try:
+        if "vit_probe" not in metadata:
+            raise InputError(f"{path} is a safetensors file, but not a saved result of vit_probe")
         content = json.loads(metadata["vit_probe"])
         values: dict[str, Any] = {name: array for name, array in arrays.items() if "/" not in name}
         for name, value in content["values"].items():
             names = value.get(_ARRAYS) if isinstance(value, dict) else None
             values[name] = value if names is None else {one: arrays[f"{name}/{one}"] for one in names}
         return str(content["type"]), values | {"measure": str(values["measure"])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a saved result ({error})") from None
+    except Exception as error:  # a damaged or foreign file can raise anything
         raise InputError(f"{path} is not a saved result: its description is damaged ({error!r})") from None
 
 
@@ -162,12 +163,21 @@ def check_finite(values: np.ndarray, what: str) -> None:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, by name: the same for the same weights, on any device."""
+    """A hash of all parameters, buffers and other state, by name: the same for the same weights, on any device."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy())
+        for part in value if isinstance(value, tuple | list) else (value,):  # quantised layers pack weights and bias
+            digest.update(_content(part))
     return digest.hexdigest()
+
+
+def _content(value: Any) -> Any:
+    if not isinstance(value, Tensor):  # `nn.Module.get_extra_state` may return anything
+        return repr(value).encode()
+    value = value.detach().cpu().resolve_conj().resolve_neg()
+    value = value.dequantize() if value.is_quantized else value.to_dense() if value.layout != strided else value
+    return value.contiguous().flatten().view(uint8).numpy()
 
 
 def software_versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from tests import reference
 from tests.checkpoints.parity import randomize
 from tests.example_models import expected_attention
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, save_model
-from vit_probe.data.preprocessing import read_image
+from vit_probe.data.image_files import read_image
 
 __all__ = ["attention_distances", "new_model", "write_model", "write_photographs"]
 

@@ -16,7 +16,7 @@ from tests.analyses.small_models import write_model, write_photographs
 from tests.measures.test_representation_similarity import literal
 from vit_probe import VisionTransformer
 from vit_probe.cli.study import Format, StudyOptions
-from vit_probe.data.preprocessing import read_image
+from vit_probe.data.image_files import read_image
 from vit_probe.models.reinitialize import random_weights
 
 

@@ -16,7 +16,7 @@ from tests.analyses.conftest import typed
 from tests.analyses.small_models import write_model, write_photographs
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, save_model
 from vit_probe.cli.study import StudyOptions
-from vit_probe.data.preprocessing import read_image
+from vit_probe.data.image_files import read_image
 
 
 def test_the_numbers_are_those_of_the_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

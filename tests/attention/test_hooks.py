@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from tests.example_models import (
     images,
     output,
     small_vit,
-    transformers_vit,
 )
 from vit_probe import AttentionTile, InputError, attention_hooks
-from vit_probe.attention.intercept import AttentionCall, ForwardStopped
+from vit_probe.attention.calls import AttentionCall
+from vit_probe.attention.intercept import ForwardStopped
 from vit_probe.attention.tiles import AttentionInputs
 
 
@@ -401,8 +402,8 @@ def test_the_map_of_a_declined_layer_is_never_computed() -> None:
 
 def test_stop_after_a_declined_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, recorded = small_vit(depth=3), images(), Declines()
-    fused, calls = AttentionCall.fused, []
-    monkeypatch.setattr(AttentionCall, "fused", lambda call: calls.append(call.layer) or fused(call))
+    fused, calls = AttentionCall.output, []
+    monkeypatch.setattr(AttentionCall, "output", lambda call: calls.append(call.layer) or fused(call))
     with torch.no_grad(), attention_hooks(model, recorded) as hooks:
         for stop in (0, 1, 2):
             hooks.stop_after = stop
@@ -725,8 +726,8 @@ def test_heads_that_cannot_be_separated_from_images_are_skipped() -> None:
     close(folded, F.scaled_dot_product_attention(q, k, v).flatten(0, 1), 1e-6)
     assert hooks.layers == ["plain"]
     assert hooks.skipped == {
-        "folded": "queries of shape (6, 7, 4), whose heads cannot be separated from the images",
-        "grouped": "queries of shape (1, 2, 3, 7, 4): a separate dimension for windows is not supported",
+        "folded": "attention of shape (6, 7, 7), whose heads cannot be separated from the images",
+        "grouped": "attention of shape (1, 2, 3, 7, 7): a separate dimension for windows is not supported",
     }
 
 
@@ -822,6 +823,23 @@ def test_compiled_models_run_uncompiled_inside_the_context(how: str) -> None:
     assert graphs
 
 
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "DataParallel", "AveragedModel"])
+def test_attention_is_captured_through_wrappers(wrapper: str, tmp_path: Path) -> None:
+    model, x = small_vit(), images()
+    expected = expected_attention(model, x)
+    if wrapper == "DistributedDataParallel":
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped = getattr(torch.optim.swa_utils if wrapper == "AveragedModel" else nn.parallel, wrapper)(model)
+        with torch.no_grad(), attention_hooks(wrapped, recorded := Assemble(), verify=True) as hooks:
+            wrapped(x)
+    finally:
+        if wrapper == "DistributedDataParallel":
+            torch.distributed.destroy_process_group()
+    assert hooks.layers == ["module.blocks.0.attn", "module.blocks.1.attn"]
+    close(recorded.attention(), expected, 1e-6)
+
+
 def test_exported_models_are_captured() -> None:
     model, x = FAMILIES["timm"].model(), FAMILIES["timm"].images()
     graph = torch.export.export(model, (x,)).module()
@@ -839,7 +857,7 @@ def test_a_traced_model_raises_with_the_remedy() -> None:
     with (
         pytest.raises(
             InputError,
-            match=r"no self-attention went through .* if torch.jit traced or scripted a module, pass the original one",
+            match=r"no self-attention could be captured.* if torch.jit traced or scripted a module, pass the original one",
         ),
         attention_hooks(graph),
     ):
@@ -907,6 +925,31 @@ def test_a_failed_pass_does_not_affect_the_next() -> None:
         model.forward_features(images())
         assert hooks.layers == ["blocks.0.attn", "blocks.1.attn"]
         assert recorded.names == dict(enumerate(hooks.layers))
+
+
+def test_an_error_in_a_users_hook_that_the_model_catches() -> None:
+    """The hooks of a module that never began must not end the module around it."""
+
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optional, self.attn = nn.Identity(), Attention()
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            with contextlib.suppress(RuntimeError):
+                self.optional(inputs[0])
+            return F.scaled_dot_product_attention(*inputs) + self.attn(*inputs)
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise RuntimeError("broken")
+
+    model = nn.ModuleDict({"careful": Careful()})
+    model.forward = model["careful"].forward  # type: ignore[method-assign]
+    model["careful"].optional.register_forward_pre_hook(fail)
+    with attention_hooks(model["careful"], recorded := Assemble()) as hooks:
+        model["careful"](*qkv())
+    assert hooks.layers == ["", "attn"]
+    assert len(recorded.tiles) == 2
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ForwardStopped])
@@ -1009,16 +1052,14 @@ def test_a_model_cannot_swallow_the_stop() -> None:
 # Errors
 
 
-def test_attention_that_is_not_fused_raises_with_the_remedy() -> None:
-    timm = FAMILIES["timm"].model()
-    for block in timm.blocks:
-        block.attn.fused_attn = False
-    transformers = transformers_vit("ViT", attn_implementation="eager")
-    for model in (timm, transformers):
-        with leaves_nothing(model), pytest.raises(InputError, match=type(model).__name__) as error, attention_hooks(model):
-            model(images(32, 48))
-        assert 'set_attn_implementation("sdpa")' in str(error.value)
-        assert "timm.layers.set_fused_attn(True, experimental=True)" in str(error.value)
+def test_attention_that_cannot_be_captured_raises_with_the_remedy() -> None:
+    model = FAMILIES["timm"].model()
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.attn_drop = False, nn.Threshold(0.1, 0.0)
+    with leaves_nothing(model), pytest.raises(InputError, match=type(model).__name__) as error, attention_hooks(model):
+        model(images(32, 48))
+    assert 'set_attn_implementation("sdpa")' in str(error.value)
+    assert "timm.layers.set_fused_attn(True, experimental=True)" in str(error.value)
 
 
 def test_the_error_lists_other_attention() -> None:
@@ -1026,7 +1067,10 @@ def test_the_error_lists_other_attention() -> None:
 
     model = Xcit(img_size=32, patch_size=16, embed_dim=16, depth=1, cls_attn_layers=1, num_heads=2).eval()
     with (
-        pytest.raises(InputError, match=r"other attention did: cls_attn_blocks.0.attn \(1 query for 5 keys\)"),
+        pytest.raises(
+            InputError,
+            match=r"other attention: blocks.0.attn \(attention between channels.*cls_attn_blocks.0.attn \(1 query for 5 keys\)",
+        ),
         attention_hooks(model),
     ):
         model(images(32, 32))

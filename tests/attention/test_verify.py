@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.attention.test_hooks import Attention, leaves_nothing, qkv
 from tests.example_models import FAMILIES, Assemble, images, small_vit
 from vit_probe import InputError, attention_hooks
-from vit_probe.attention.intercept import AttentionCall, ForwardStopped
+from vit_probe.attention.intercept import ForwardStopped
 from vit_probe.attention.tiles import TiledAttention
 
 
@@ -131,10 +131,3 @@ def test_the_repeated_call_takes_the_fast_path_again() -> None:
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
     assert states == [False, True]
-
-
-def test_the_fused_result_of_a_call() -> None:
-    q, k, v = qkv()
-    call = AttentionCall(0, "", q, k, v, None, 0.0, True, 0.3, False, False)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
-    torch.testing.assert_close(call.fused(), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -199,3 +200,28 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         load({"cls": np.zeros((1, 1, 32), np.int64)})
     with pytest.raises(InputError, match=r"something other than plain arrays, which is never loaded"):
         load({"cls": np.array([{"a": 1}], dtype=object)})
+
+
+@pytest.mark.parametrize("value", [np.float32(1), np.zeros(0, np.float32), np.zeros((0, 4, 8), np.float32), np.array(["a"])])
+@pytest.mark.parametrize("part", ["query/kernel", "out/kernel", "LayerNorm_0/scale"])
+def test_hostile_arrays(part: str, value: Any, tmp_path: Path) -> None:
+    arrays = google_arrays(randomize(VisionTransformer(**TINY)))
+    name = next(name for name in arrays if name.endswith(part))
+    np.savez(tmp_path / "vit.npz", **(arrays | {name: value}))
+    with pytest.raises(InputError):
+        load_model(tmp_path / "vit.npz")
+
+
+def test_more_stacked_layers_than_channels(tmp_path: Path) -> None:
+    arrays = {name: array for name, array in google_arrays(VisionTransformer(**TINY)).items() if "encoderblock" not in name}
+    arrays["Transformer/encoderblock/LayerNorm_0/scale"] = np.zeros((3_000_000, 1), np.float32)
+    np.savez_compressed(tmp_path / "vit.npz", **arrays)
+    with pytest.raises(InputError, match=r"LayerNorm_0/scale of the \.npz file holds 3000000 layers of 1 numbers"):
+        load_model(tmp_path / "vit.npz")
+
+
+def test_members_that_are_no_arrays(tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "vit.npz", "w") as archive:
+        archive.writestr("embedding/kernel.npy", "text")
+    with pytest.raises(InputError, match="holds something other than arrays: embedding/kernel"):
+        load_model(tmp_path / "vit.npz")

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_image
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
 from vit_probe.checkpoints.image_processors import preprocessing_from_processor
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.models.config import ViTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -31,6 +31,7 @@ DINOV2_SMALL = Path(__file__).parents[3] / "shared/checkpoints/dinov2-small"
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ViT": ("ViTModel", "ViTConfig", MLP),
+    "ViT, tanh GELU": ("ViTModel", "ViTConfig", MLP | {"hidden_act": "gelu_new"}),
     "ViT, quick GELU, no qkv bias": ("ViTModel", "ViTConfig", MLP | {"hidden_act": "quick_gelu", "qkv_bias": False}),
     "ViT with a head": ("ViTForImageClassification", "ViTConfig", MLP),
     "DeiT": ("DeiTModel", "DeiTConfig", MLP),
@@ -82,8 +83,10 @@ def test_a_state_dict_without_configuration(family: str, tmp_path: Path) -> None
     """Shapes determine everything but the activation and the number of heads."""
     theirs = _theirs(family)
     save_file(theirs.state_dict(), tmp_path / "state.safetensors")
-    quick = {"activation": "quick_gelu"} if "quick" in family else {}
-    ours = load_model(tmp_path / "state.safetensors", num_heads=4, **quick)
+    activation = {"quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh"}.get(theirs.config.hidden_act)
+    asked = {} if activation is None else {"activation": activation}
+    with pytest.warns(AssumptionWarning, match="norm_eps=1e-" if asked else "activation=.*norm_eps=1e-"):
+        ours = load_model(tmp_path / "state.safetensors", num_heads=4, **asked)
     assert ours.config.norm_eps == theirs.config.layer_norm_eps
     _outputs(ours, theirs, (48, 48))
     _outputs(ours, theirs, (40, 72))
@@ -222,14 +225,22 @@ def test_errors_explain_the_problem(tmp_path: Path) -> None:
         InputError, match=r"model_type is 'swin'; supported are vit, vit_mae, deit, dinov2, dinov2_with_registers\)"
     ):
         load_model(tmp_path)
-    rewrite(hidden_act="gelu_pytorch_tanh")
+    rewrite(hidden_act="relu")
     with pytest.raises(
-        InputError,
-        match=r"activation 'gelu_pytorch_tanh'; VisionTransformer supports gelu, quick_gelu and swiglu\); models of other",
+        InputError, match=r"activation 'relu'; VisionTransformer supports gelu, .*, quick_gelu\); models of other"
     ):
         load_model(tmp_path, num_heads=4)
     rewrite(num_hidden_layers=3)
     with pytest.raises(InputError, match=r"missing: blocks\.2\.attn\.proj\.bias, .*blocks\.2\.norm2\.weight"):
+        load_model(tmp_path)
+    for contradiction in ({"qkv_bias": False}, {"intermediate_size": 64}, {"num_channels": 1}, {"hidden_size": 64}):
+        rewrite(**contradiction)
+        with pytest.raises(InputError, match="the checkpoint does not fit the model it describes"):
+            load_model(tmp_path)
+    rewrite(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(
+        InputError, match=r"are quantised \(config\.json has a quantization_config\); load the original weights"
+    ):
         load_model(tmp_path)
     rewrite(image_size=64)
     with pytest.raises(InputError, match=r"37 entries, which does not fit images of 64 x 64 pixels"):

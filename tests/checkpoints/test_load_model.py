@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import re
 import warnings
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def test_missing_files_and_configurations(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a JSON list instead of an object"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    save_file({"embeddings.LayerNorm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"model_type is 'bert'; supported are vit, .*'bert' does not take images"):
         load_model(tmp_path)
     (tmp_path / "notes.txt").write_text("weights")
@@ -134,6 +136,33 @@ def test_missing_files_and_configurations(tmp_path: Path) -> None:
         InputError, match=r"notes\.txt has no known checkpoint format; pass a file that ends in \.npz, \.safetensors"
     ):
         load_model(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(None, "NoneType"), (5, "int"), (b"demo", "bytes"), (torch.nn.Linear(1, 1), "Linear")]
+)
+def test_what_is_neither_name_nor_path(value: Any, kind: str) -> None:
+    with pytest.raises(InputError, match=rf"^load_model takes a path or one of demo, .*; got a {kind} \(a model in memory"):
+        load_model(value)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "x" * 5000, "/" + "y" * 300 + "/z.pth", "\udcff.pth", "~nobody-of-this-name/x.pth", ""]
+)
+def test_paths_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_model(name)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.pth"))
+    try:
+        with path.open("wb") as file:
+            torch.save(VisionTransformer(TINY).state_dict(), file)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    assert load_model(path, num_heads=4).name == "m\\udcff.pth"
 
 
 def test_errors_for_unknown_layouts_name_the_supported_ones(tmp_path: Path) -> None:
@@ -172,11 +201,109 @@ def test_code_in_a_checkpoint_is_never_run(zipped: bool, tmp_path: Path) -> None
     torch.save(VisionTransformer(TINY), tmp_path / "module.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=r"pickled code \(vit_probe\.models\.vit\.VisionTransformer\)"):
         load_model(tmp_path / "module.pt")
-    state = {"model": VisionTransformer(TINY).state_dict(), "args": argparse.Namespace(lr=0.1)}
-    torch.save(state, tmp_path / "arguments.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"pickled code \(argparse\.Namespace\)"):
-        load_model(tmp_path / "arguments.pth")
     assert not (tmp_path / "ran").exists()
+
+
+HOSTILE_METADATA = {
+    "no JSON": "{oops", "a list": "[]", "null": "null", "a number": "5", "nothing": "", "no configuration": "{}",
+    "a list as configuration": '{"config": [], "preprocessing": null}', "deep": "[" * 100_000 + "]" * 100_000,
+    "long digits": '{"config": {"depth": ' + "9" * 5000 + '}, "preprocessing": null}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metadata", HOSTILE_METADATA.values(), ids=HOSTILE_METADATA.keys())
+def test_hostile_metadata(metadata: str, tmp_path: Path) -> None:
+    save_file(VisionTransformer(TINY).state_dict(), tmp_path / "own.safetensors", metadata={"vit_probe.model": metadata})
+    with pytest.raises(InputError, match=r"^.*own\.safetensors cannot be loaded; it may be damaged, or its parts contradict"):
+        load_model(tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("config", "depth", 10**9),
+        ("config", "depth", "2"),
+        ("config", "num_heads", True),
+        ("config", "norm_eps", float("nan")),
+        ("config", "mlp_ratio", -4),
+        ("config", "qkv_bias", "no"),
+        ("config", "image_size", [48, 48, 48]),
+        ("config", "image_size", None),
+        ("config", "stem", {"layers": [10**9], "width": 64}),
+        ("config", "layers", 2),
+        ("preprocessing", "size", [48]),
+        ("preprocessing", "resize", "55"),
+        ("preprocessing", "std", [0, 0, 0]),
+        ("preprocessing", "mean", "abc"),
+        ("preprocessing", "interpolation", "cubist"),
+        ("preprocessing", "colour", "blue"),
+    ],
+)
+def test_hostile_values_in_metadata(part: str, field: str, value: Any, tmp_path: Path) -> None:
+    content: dict[str, Any] = {"config": asdict(TINY), "preprocessing": asdict(Preprocessing((48, 48), 55))}
+    content[part][field] = value
+    metadata = {"vit_probe.model": json.dumps(content)}
+    save_file(VisionTransformer(TINY).state_dict(), tmp_path / "own.safetensors", metadata=metadata)
+    with pytest.raises(InputError):
+        load_model(tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blocks.999999999.norm1.weight": torch.ones(32)},
+        {f"blocks.{'9' * 5000}.norm1.weight": torch.ones(32)},
+        {
+            "patch_embed.backbone.stem.conv.weight": torch.ones(1, 3, 7, 7),
+            "patch_embed.backbone.stages.99999999.a": torch.ones(1),
+        },
+        {"patch_embed.proj.weight": torch.tensor(1.0)},
+        {"blocks.0.mlp.fc1.weight": torch.ones(0, 32), "blocks.0.mlp.fc2.weight": torch.ones(32, 0)},
+        {"pos_embed": torch.ones(1, 0, 32)},
+    ],
+    ids=["block number", "long number", "stage number", "scalar", "empty", "no positions"],
+)
+def test_hostile_parameters(changes: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(VisionTransformer(TINY).state_dict() | changes, tmp_path / "hostile.pth")
+    with pytest.raises(InputError):
+        load_model(tmp_path / "hostile.pth", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"model_type": "vit", "hidden_act": []}', '{"model_type": "v\\u0000"}', "\udcff"]
+)
+def test_hostile_configurations(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    save_file({"embeddings.patch_embeddings.projection.weight": torch.ones(2, 3, 4, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError):
+        load_model(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of Unix")
+def test_named_pipes_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(InputError, match="is not a regular file"):
+        load_model(tmp_path / "pipe.pth")
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+
+
+def test_a_training_checkpoint(tmp_path: Path) -> None:
+    """The teacher's weights, its blocks in chunks, beside a head, a student, an optimiser and the program's options."""
+    teacher, student = (randomize(VisionTransformer(replace(TINY, num_classes=0)), seed) for seed in (0, 1))
+    chunked = {re.sub(r"^blocks\.(\d)", r"blocks.0.\1", name): value for name, value in teacher.state_dict().items()}
+    content = {
+        "student": {f"module.backbone.{name}": value for name, value in student.state_dict().items()},
+        "teacher": {f"backbone.{name}": value for name, value in chunked.items()} | {"head.mlp.0.weight": torch.ones(2, 2)},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+        "args": Namespace(output_dir=tmp_path),
+    }
+    torch.save(content, tmp_path / "checkpoint.pth.tar")
+    with pytest.warns(AssumptionWarning, match=r"several Vision Transformers .*; teacher\.backbone is taken"):
+        loaded = load_model(tmp_path / "checkpoint.pth.tar", num_heads=4)
+    with torch.no_grad():
+        assert_same(loaded(images(48)), teacher(images(48)), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".npz"])

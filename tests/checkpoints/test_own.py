@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vit_probe import InputError, Preprocessing, VisionTransformer, ViTConfig, load_model, save_model
 from vit_probe.models.config import ResNetConfig
@@ -26,7 +29,7 @@ def test_a_saved_model_is_loaded_unchanged(config: ViTConfig, tmp_path: Path) ->
     torch.manual_seed(0)
     model = VisionTransformer(config).eval()
     torch.nn.init.normal_(model.head.weight)
-    model.preprocessing = Preprocessing(size=(32, 48), resize=(40, 60), mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+    model.preprocessing = Preprocessing((32, 48), (40, 60), (0.1, 0.2, 0.3), interpolation="bilinear", crop_rounding="down")
     loaded = load_model(save_model(model, tmp_path / "mine.safetensors"))
     assert loaded.config == config
     assert loaded.preprocessing == model.preprocessing
@@ -34,6 +37,17 @@ def test_a_saved_model_is_loaded_unchanged(config: ViTConfig, tmp_path: Path) ->
     images = torch.rand(2, 3, *config.image_size)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+
+
+def test_a_file_from_before_the_crops_rounding_was_stated(tmp_path: Path) -> None:
+    model = VisionTransformer(CONFIGS["learned_2d"])
+    model.preprocessing = Preprocessing((32, 32), 36)
+    path = save_model(model, tmp_path / "mine.safetensors")
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["vit_probe.model"])
+    del content["preprocessing"]["crop_rounding"]
+    save_file(model.state_dict(), path, metadata={"vit_probe.model": json.dumps(content)})
+    assert load_model(path).preprocessing == Preprocessing((32, 32), 36, crop_rounding="half_to_even")
 
 
 @pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")

@@ -16,13 +16,13 @@ from torch import nn
 
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 
 timm = pytest.importorskip("timm")
 
 from timm.layers import SwiGLUPacked  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::vit_probe.errors.AssumptionWarning")
 
@@ -221,6 +221,8 @@ def test_errors_explain_the_problem(tmp_path: Path) -> None:
         _load(tmp_path, {}, ("blocks.0.mlp.fc2.weight",), **heads)
     with pytest.raises(InputError, match=r"patch_embed\.proj\.weight should have 4 axes.*\(32, 192\)"):
         _load(tmp_path, {"patch_embed.proj.weight": torch.zeros(32, 192)}, **heads)
+    with pytest.raises(InputError, match=r"\(32, 3, 2, 8, 8\), as in a model of videos"):
+        _load(tmp_path, {"patch_embed.proj.weight": torch.zeros(32, 3, 2, 8, 8)}, **heads)
     with pytest.raises(InputError, match=r"table of 43 entries with 1 prefix tokens \(it is not a square\); pass image_size="):
         _load(tmp_path, {"pos_embed": torch.zeros(1, 43, 32)}, **heads)
     with pytest.raises(
@@ -250,7 +252,12 @@ def test_an_ambiguous_grid_needs_image_size(tmp_path: Path) -> None:
     ("architecture", "extra", "message"),
     [
         ("vit_base_patch16_rpn_224", {}, "layer norms after the residual branches"),
-        ("vit_so400m_patch16_siglip_gap_256", {}, "tanh approximation of GELU"),
+        ("vit_base_patch16_224", {"model_args": {"act_layer": "relu"}}, "is built with act_layer='relu'"),
+        (
+            "vit_base_patch16_224",
+            {"model_args": {"num_heads": 4, "pool_include_prefix": True, "block_fn": "mine"}},
+            "is built with block_fn='mine', pool_include_prefix=True, which",
+        ),
         (
             "vit_base_patch16_siglip_224",
             {"global_pool": "map"},
@@ -264,6 +271,83 @@ def test_architectures_that_compute_something_else_are_rejected(architecture: st
     state = randomize(VisionTransformer(**TINY)).state_dict()
     with pytest.raises(InputError, match=message):
         from_state_dict(state, {"num_heads": 4}, {"architecture": f"{architecture}.v2_webli", **extra})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_base_patch16_clip_quickgelu_224.openai.pth", CLIP | {"act_layer": "quick_gelu"}),
+        ("my-quick-gelu-model.safetensors", {"act_layer": "quick_gelu"}),
+        ("vit_so400m_patch16_siglip_gap_256/model.safetensors", {"act_layer": "gelu_tanh"}),
+    ],
+)
+def test_the_name_of_a_file_or_its_folder_tells_the_activation(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    theirs = randomize(VisionTransformer(**(TINY | arguments)))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (torch.save if path.suffix == ".pth" else save_file)(theirs.state_dict(), path)
+    with torch.no_grad():
+        assert_same(load_model(path, num_heads=4)(images(48)), theirs(images(48)))
+
+
+def _warnings(path: Path, **overrides: Any) -> str:
+    with pytest.warns(AssumptionWarning) as caught:
+        load_model(path, **overrides)
+    return " ".join(str(warning.message) for warning in caught if "photographs" not in str(warning.message))
+
+
+def test_what_was_assumed_is_said(tmp_path: Path) -> None:
+    theirs = randomize(VisionTransformer(**(TINY | {"embed_dim": 192})))
+    torch.save(theirs.state_dict(), tmp_path / "mine.pth")
+    everything = (
+        "3 are assumed, as in published models of width 192, with activation='gelu', norm_eps=1e-06, pooling='token', layer "
+        "norms before the branches (if that is wrong: from Python, pass num_heads=, activation=, norm_eps=, pooling= to"
+    )
+    assert everything in _warnings(tmp_path / "mine.pth")
+    assert "assumed are norm_eps=1e-06, pooling='token' (if" in _warnings(
+        tmp_path / "mine.pth", num_heads=4, activation="quick_gelu"
+    )
+    torch.save(theirs.state_dict(), tmp_path / "vit_tiny_patch16_224.augreg.pth")
+    assert _warnings(tmp_path / "vit_tiny_patch16_224.augreg.pth") == ""
+    # The architecture of these weights exists with both activations, so that one remains an assumption.
+    torch.save(VisionTransformer(**(TINY | CLIP | {"embed_dim": 192})).state_dict(), tmp_path / "ViT-B-16-openai.pt")
+    assert "with activation='quick_gelu', norm_eps=1e-05" in _warnings(tmp_path / "ViT-B-16-openai.pt")
+
+
+def test_timms_gelu_for_weights_trained_with_another_is_said(tmp_path: Path) -> None:
+    theirs = randomize(timm.create_model("vit_base_patch32_clip_224.openai", depth=1, img_size=64, num_classes=5))
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+    with pytest.warns(
+        AssumptionWarning, match="computes GELU, as is done here, but its weights 'openai' were trained with Quick"
+    ):
+        ours = load_model(tmp_path)
+    with torch.no_grad():
+        assert_same(ours(images(64)), theirs(images(64)))
+
+
+def test_norms_behind_the_branches_are_noticed(tmp_path: Path) -> None:
+    """Parameters fit in names and shapes; their order in the file, or the file's name, tells."""
+    state = VisionTransformer(**(TINY | {"block_fn": ResPostBlock})).state_dict()
+    torch.save(state, tmp_path / "mine.pth")
+    with pytest.raises(InputError, match="lists each block's norm1 after its attention"):
+        load_model(tmp_path / "mine.pth", num_heads=4)
+    save_file(state, tmp_path / "mine.safetensors")  # in alphabetical order, which says nothing
+    assert "layer norms before the branches" in _warnings(tmp_path / "mine.safetensors", num_heads=4)
+    save_file(state, tmp_path / "vit_base_patch16_rpn_224.safetensors")
+    with pytest.raises(InputError, match="layer norms after the residual branches"):
+        load_model(tmp_path / "vit_base_patch16_rpn_224.safetensors", num_heads=4)
+
+
+def test_queries_normalised_over_all_heads_are_not_one_head(tmp_path: Path) -> None:
+    change = {
+        f"blocks.{layer}.attn.{part}_norm.{kind}": torch.ones(32)
+        for layer in (0, 1)
+        for part in "qk"
+        for kind in ("weight", "bias")
+    }
+    with pytest.raises(InputError, match="normalised over all heads at once"):
+        _load(tmp_path, change)
+    _load(tmp_path, change, num_heads=1)
 
 
 def test_every_parameter_matters(tmp_path: Path) -> None:

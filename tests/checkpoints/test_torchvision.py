@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
-from vit_probe.errors import InputError
+from vit_probe.errors import AssumptionWarning, InputError
 
 pytest.importorskip("torchvision")
 
@@ -47,6 +48,33 @@ def test_the_published_base_size(tmp_path: Path) -> None:
     assert ours.preprocessing is not None
     assert (ours.preprocessing.size, ours.preprocessing.resize) == ((224, 224), 256)
     assert (ours.preprocessing.interpolation, ours.preprocessing.mean) == ("bilinear", (0.485, 0.456, 0.406))
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "resize", "interpolation"),
+    [
+        ("vit_l_16-852ce7e3.pth", {"hidden_dim": 1024, "patch_size": 16, "num_heads": 16}, 242, "bilinear"),
+        ("vit_b_32-d86f8d99.pth", {"patch_size": 32}, 256, "bilinear"),
+        ("vit_b_16_lc_swag-4e70ced5.pth", {"patch_size": 16}, 224, "bicubic"),
+        ("mine.pth", {"image_size": 384, "patch_size": 32}, 384, "bicubic"),
+        ("mine.pth", {"patch_size": 32}, None, ""),
+    ],
+)
+def test_which_of_torchvisions_weights_a_file_holds(
+    file: str, arguments: dict[str, Any], resize: int | None, interpolation: str, tmp_path: Path
+) -> None:
+    model = _tiny(**({"image_size": 224, "num_layers": 1} | arguments))
+    torch.save(model.state_dict(), tmp_path / file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours: Any = load_model(tmp_path / file, num_heads=4)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, AssumptionWarning)]
+    if resize is None:
+        assert len(said) == 1
+        assert "which of torchvision's weights it holds; photographs are prepared as for IMAGENET1K_V1" in said[0]
+    else:
+        assert not said
+        assert (ours.preprocessing.resize, ours.preprocessing.interpolation) == (resize, interpolation)
 
 
 def test_old_names_of_the_mlp(tmp_path: Path) -> None:

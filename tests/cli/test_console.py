@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 
+import pandas as pd
 import pytest
 
 from vit_probe.cli import console as terminal
@@ -41,3 +42,18 @@ def test_progress_is_quiet_without_a_terminal(capsys: pytest.CaptureFixture[str]
     with terminal.progress(None) as advance:
         advance(10)
     assert capsys.readouterr().err == ""
+
+
+def test_names_in_tables_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_table(["image", "share"], [["[bold]a[red].png", 0.25], ["b[/c].png", 1.0]])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["[bold]a[red].png", "0.25"],
+        ["b[/c].png", "1"],
+    ]
+
+
+def test_layers_seen_at_a_softmax_are_named_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = pd.DataFrame({"layer": [0]})
+    table.attrs["unfused"] = ["blocks.0.attn", "blocks.1.attn"]
+    terminal.report([], table)
+    assert "seen at a softmax in the model's own code: the attention of blocks.0.attn, blocks.1.attn" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from vit_probe import InputError, Preprocessing, sample_photographs
-from vit_probe.data.preprocessing import find_images, read_image
+from vit_probe.data.image_files import find_images, read_image
 from vit_probe.data.stream import ImageStream
 
 PREPROCESSING = Preprocessing(size=(16, 24), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -66,6 +67,51 @@ class TestPreprocessing:
         image = noise(7, 7)
         np.testing.assert_array_equal(np.asarray(prepare.crop(image)), np.asarray(image)[2:6, 2:6])
 
+    @pytest.mark.parametrize("rounding", ["half_to_even", "down"])
+    @pytest.mark.parametrize(
+        ("margin", "half_to_even", "down"),
+        [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 2, 1), (5, 2, 2), (7, 4, 3), (-1, 0, 0), (-3, -1, -1)],
+    )
+    def test_half_a_pixel_of_margin(self, margin: int, half_to_even: int, down: int, rounding: str) -> None:
+        """As in torchvision and in transformers; where a photograph is too small, both pad less above and left."""
+        prepare = Preprocessing((8, 8), (8, 8 + margin), crop_rounding=rounding)  # type: ignore[arg-type]
+        image = noise(8, 8 + margin)
+        left = {"half_to_even": half_to_even, "down": down}[rounding]
+        expected = np.zeros((8, 8, 3), np.uint8)
+        start, end = max(left, 0), min(left + 8, 8 + margin)
+        expected[:, start - left : end - left] = np.asarray(image)[:, start:end]
+        np.testing.assert_array_equal(np.asarray(prepare.crop(image)), expected)
+        assert prepare.scaled((16, 16)).crop_rounding == rounding
+
+    def test_an_image_that_would_become_too_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 320)
+        assert PREPROCESSING.crop(noise(10, 100)).size == (24, 16)
+        assert PREPROCESSING.crop(noise(110, 100)).size == (24, 16)  # made smaller, however large it is
+        with pytest.raises(
+            InputError, match=r"an image of 101 x 10 pixels \(width x height\) would be resized to 323 x 32, more"
+        ):
+            PREPROCESSING.crop(noise(10, 101))
+        with pytest.raises(InputError, match="would be resized to 300 x 200, more than Pillow decodes by default"):
+            Preprocessing(size=(8, 8), resize=(200, 300)).crop(noise(10, 10))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        assert PREPROCESSING.crop(noise(10, 101)).size == (24, 16)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"size": (0, 8)}, r"size and resize must be at least 1 pixel, got size=\(0, 8\) and resize=8"),
+            ({"resize": -1}, "must be at least 1 pixel"),
+            ({"resize": (8, 0)}, "must be at least 1 pixel"),
+            ({"std": (1.0, 0.0, 1.0)}, r"std above 0, got mean=\(0.485, 0.456, 0.406\) and std=\(1.0, 0.0, 1.0\)"),
+            ({"mean": (float("nan"), 0.0, 0.0)}, "mean and std must be finite"),
+            ({"interpolation": "box"}, "interpolation be one of nearest, bilinear, bicubic, lanczos; .* and 'box'"),
+            ({"crop_rounding": "up"}, "crop_rounding must be half_to_even or down, got 'up'"),
+        ],
+    )
+    def test_impossible_values_raise(self, fields: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            Preprocessing(**{"size": (8, 8), "resize": 8} | fields)
+
     def test_standardised_per_channel(self) -> None:
         flat = Image.new("RGB", (64, 64), (255, 0, 51))
         pixels = PREPROCESSING(flat)
@@ -89,71 +135,6 @@ class TestPreprocessing:
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
     def test_other_modes_become_rgb(self, mode: str) -> None:
         assert PREPROCESSING(noise(40, 40).convert(mode)).shape == (3, 16, 24)
-
-
-class TestReadImage:
-    def test_exif_orientation_is_applied(self, tmp_path: Path) -> None:
-        image = noise(20, 30)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was turned by 90 degrees
-        image.save(tmp_path / "turned.png", exif=exif)
-        np.testing.assert_array_equal(
-            np.asarray(read_image(tmp_path / "turned.png")), np.asarray(image.rotate(-90, expand=True))
-        )
-
-    def test_sixteen_bits_are_scaled_to_eight(self, tmp_path: Path) -> None:
-        grey = np.arange(0, 256, dtype=np.uint16).reshape(16, 16)
-        Image.fromarray(grey * 257).save(tmp_path / "grey.png")
-        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "grey.png"))[..., 1], grey)
-
-    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-    def test_values_of_unknown_range_raise(self, dtype: type, tmp_path: Path) -> None:
-        Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "odd.tif")
-        with pytest.raises(InputError, match=r"odd.tif holds 32-bit values \(mode [IF]\) of unknown range; convert it"):
-            read_image(tmp_path / "odd.tif")
-
-    def test_too_many_pixels(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-        with pytest.raises(InputError, match=r"b.png has more pixels than Pillow decodes by default; downsize it"):
-            read_image(folder / "b.png")
-
-    def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"there is no image file .*missing.png"):
-            read_image(tmp_path / "missing.png")
-
-    def test_not_an_image(self, folder: Path) -> None:
-        with pytest.raises(InputError, match=r"notes.txt is not a readable image file"):
-            read_image(folder / "notes.txt")
-
-    @pytest.mark.parametrize("name", ["a.JPG", "b.png"])
-    def test_truncated(self, folder: Path, name: str) -> None:
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(InputError, match=f"{name} cannot be decoded .* truncated"):
-            read_image(folder / name)
-
-
-class TestFindImages:
-    def test_a_folder_is_searched_in_order(self, folder: Path) -> None:
-        names = [str(path.relative_to(folder)) for path in find_images([folder])]
-        assert names == ["a.JPG", "b.png", "below/d.png", "c.jpeg"]
-
-    def test_documents_and_hidden_files_are_ignored(self, folder: Path) -> None:
-        (folder / ".hidden").mkdir()
-        for name in ("paper.pdf", "._a.jpg", ".hidden/e.png"):
-            (folder / name).write_bytes(b"")
-        assert len(find_images([folder])) == 4
-
-    def test_files_keep_their_order(self, folder: Path) -> None:
-        assert [path.name for path in find_images([folder / "c.jpeg", folder / "a.JPG"])] == ["c.jpeg", "a.JPG"]
-
-    def test_no_such_source(self, folder: Path) -> None:
-        with pytest.raises(InputError, match=r"there is no image file or folder .*nowhere"):
-            find_images([folder / "nowhere"])
-
-    def test_an_empty_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"the folder .* contains no image files"):
-            find_images([tmp_path])
 
 
 class TestSamplePhotographs:
@@ -222,6 +203,11 @@ class TestImageStream:
 
     def test_keeps_nothing_without_preprocessing(self) -> None:
         stream = ImageStream(torch.rand(2, 3, 8, 8), None, keep=2)
+        list(stream)
+        assert stream.kept() is None
+
+    def test_keeps_nothing_of_images_in_other_channels(self) -> None:
+        stream = ImageStream(torch.rand(2, 4, 8, 8), PREPROCESSING, keep=2)
         list(stream)
         assert stream.kept() is None
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from vit_probe import InputError, Preprocessing
 from vit_probe.data import stream
-from vit_probe.data.preprocessing import find_images, read_image
+from vit_probe.data.image_files import find_images, read_image
 from vit_probe.data.stream import ImageStream
 
 PREPROCESSING = Preprocessing(size=(16, 24), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -244,7 +247,7 @@ class TestUnreadable:
     ) -> None:
         with monkeypatch.context() as patched:
             patched.setattr(stream, "read_image", None)
-            patched.setattr("vit_probe.data.preprocessing.read_image", None)
+            patched.setattr("vit_probe.data.image_files.read_image", None)
             ImageStream(paths, PREPROCESSING)
         paths[5].write_text("no image")
         with pytest.raises(InputError, match=r"5.jpg is not a readable image file"):
@@ -399,6 +402,225 @@ class TestShards:
     def test_invalid_start_or_shard(self, options: dict[str, Any], message: str, expected: Tensor) -> None:
         with pytest.raises(InputError, match=message):
             ImageStream(expected, None, **options)
+
+
+class TestValues:
+    """Tensors that cannot be images are told apart, with what arrived."""
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    def test_not_finite(self, value: float, dtype: torch.dtype) -> None:
+        images = torch.rand(5, 3, 8, 8).to(dtype)
+        images[3, 1, 2, 2] = value
+        for source in (images, list(images), DataLoader(TensorDataset(images), batch_size=2)):
+            with pytest.raises(InputError, match=r"^image 3 holds NaN or infinite values$"):
+                list(ImageStream(source, None, batch_size=2))
+        skipping = ImageStream(list(images), None, on_error="skip")
+        assert len(torch.cat(list(skipping))) == 4
+        assert skipping.skipped == [("image 3", "image 3 holds NaN or infinite values")]
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            (torch.zeros(2, 3, 8, 8, dtype=torch.complex64), "must be floating point, .* got torch.complex64"),
+            (torch.zeros(2, 3, 8, 8, dtype=torch.bool), "must be floating point, .* got torch.bool"),
+            (torch.zeros(2, 3, 8, 8, device="meta"), "must be dense and hold values, got one that is on the meta device"),
+            (torch.zeros(2, 3, 8, 8).to_sparse(), "must be dense and hold values, got one that is torch.sparse_coo"),
+            (torch.zeros(2, 3, 0, 8), r"must have pixels, got one of shape \(2, 3, 0, 8\)"),
+            ([torch.zeros(0, 8, 8)], r"must have pixels, got one of shape \(0, 8, 8\)"),
+            (
+                torch.zeros(2, 3, 4, 8, 8),
+                r"must have shape \(batch, channel, height, width\), got Tensor of shape \(2, 3, 4, 8, 8\)",
+            ),
+            (iter([[torch.zeros(3, 8, 8)] * 4]), "an item is a list of 4 images; a batch must be a tensor"),
+            (iter([[Image.new("RGB", (8, 8))] * 2]), "an item is a list of 2 images; .* and an image with its target a tuple"),
+            (
+                [{"pixel_values": torch.zeros(2, 3, 8, 8), "pixel_mask": torch.arange(128).view(2, 8, 8) > 0}],
+                r"images are padded \(pixel_mask is not 1 everywhere\); pass images of one size, without padding",
+            ),
+        ],
+    )
+    def test_unsupported(self, images: Any, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            ImageStream(images, PREPROCESSING)
+
+    def test_a_loader_that_cannot_make_batches(self, paths: list[Path], expected: Tensor) -> None:
+        message = r"cannot be put into batches \(default_collate: .*PIL.*\); pass the dataset itself"
+        with pytest.raises(InputError, match=message):
+            ImageStream(DataLoader(MapStyle([read_image(path) for path in paths])), PREPROCESSING)
+        sizes = MapStyle([*expected[:3], expected[3, :, :8]])
+        with pytest.raises(InputError, match=r"cannot be put into batches \(stack expects each tensor to be equal size"):
+            list(ImageStream(DataLoader(sizes, batch_size=2), None))
+        with pytest.raises(InputError, match="an item is a list of 2 images; a batch must be a tensor"):
+            ImageStream(DataLoader(MapStyle([str(path) for path in paths]), batch_size=2), PREPROCESSING)
+        with pytest.raises(RuntimeError, match="a bug"):
+            list(ImageStream(DataLoader(MapStyle([expected[0], RuntimeError("a bug")])), None))
+
+    def test_a_full_mask_and_a_pair_of_images_are_accepted(self, expected: Tensor) -> None:
+        masked = [{"pixel_values": expected, "pixel_mask": torch.ones(7, 16, 24)}]
+        pairs = [(image, -image) for image in expected]
+        for source in (masked, pairs, DataLoader(pairs, batch_size=2)):  # type: ignore[arg-type]
+            torch.testing.assert_close(torch.cat(list(ImageStream(source, None))), expected)
+
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_other_channels_than_before(self, batched: bool) -> None:
+        images = [torch.rand(3, 8, 8), torch.rand(1, 8, 8)]
+        with pytest.raises(InputError, match="all images must have the same channels, got 1 after 3"):
+            list(ImageStream([image[None] for image in images] if batched else images, None))
+
+
+class TestHostileFiles:
+    def test_an_image_that_is_much_longer_than_wide(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+        Image.new("L", (4_000, 1)).save(tmp_path / "line.png")
+        Image.new("L", (50, 40)).save(tmp_path / "usual.png")
+        message = r"^line.png: an image of 4000 x 1 pixels \(width x height\) would be resized to 128000 x 32, more than Pillow"
+        with pytest.raises(InputError, match=message):
+            list(ImageStream(tmp_path, PREPROCESSING))
+        images = ImageStream(tmp_path, PREPROCESSING, on_error="skip")
+        assert len(torch.cat(list(images))) == 1
+        assert images.names == ["usual.png"]
+
+    def test_too_little_memory_is_an_error_of_that_image(self, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        crop = Preprocessing.crop
+
+        def failing_crop(self: Preprocessing, image: Image.Image) -> Image.Image:
+            if image.height == 42:
+                raise MemoryError
+            return crop(self, image)
+
+        monkeypatch.setattr(Preprocessing, "crop", failing_crop)
+        images = ImageStream(paths, PREPROCESSING, on_error="skip")
+        assert len(torch.cat(list(images))) == 6
+        assert images.skipped == [("2.jpg", "2.jpg needs more memory than there is; downsize it")]
+
+    def test_too_little_memory_in_a_dataset(self, expected: Tensor) -> None:
+        images = ImageStream(MapStyle([expected[0], MemoryError()]), None, on_error="skip")
+        assert len(torch.cat(list(images))) == 1
+        assert images.skipped == [("image 1", "MapStyle cannot read its image 1 (MemoryError)")]
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+    def test_pipes_and_broken_links_do_not_block(self, folder: Path, paths: list[Path]) -> None:
+        os.mkfifo(folder / "pipe.jpg")
+        (folder / "broken.jpg").symlink_to(folder / "nowhere")
+        assert ImageStream([folder / "pipe.jpg", *paths], PREPROCESSING, on_error="skip").count == 8
+        for source in (folder / "pipe.jpg", [folder / "pipe.jpg"]):
+            with pytest.raises(InputError, match=r"pipe.jpg is not a regular file"):
+                ImageStream(source, PREPROCESSING)
+        images = ImageStream(folder, PREPROCESSING, on_error="skip")
+        assert len(torch.cat(list(images))) == 7
+        assert images.skipped == [("broken.jpg", f"{folder}/broken.jpg is a broken link")]
+
+    def test_names_survive_wherever_they_are_written(self, tmp_path: Path) -> None:
+        raw = os.fsencode(tmp_path) + b"/caf\xe9\n.png"
+        for name in (os.fsdecode(raw), tmp_path / "[b]$x$.png"):
+            try:
+                Image.new("RGB", (40, 40)).save(name, "PNG")
+            except OSError:
+                pytest.skip("this file system accepts only names in UTF-8")
+        for source in (tmp_path, HuggingFace([{"bytes": None, "path": os.fsdecode(raw)}, {"bytes": None, "path": str(name)}])):
+            images = ImageStream(source, PREPROCESSING)
+            list(images)
+            assert sorted(images.names) == ["[b]$x$.png", r"caf\udce9\n.png"]
+            assert len(images.identity()) == 64
+            assert json.loads(json.dumps(images.state(), ensure_ascii=False).encode()) == images.state()
+
+
+def interrupted(source: Any, after: int, **options: Any) -> dict[str, Any]:
+    """The state of a stream after some images."""
+    images = ImageStream(source, PREPROCESSING, batch_size=1, **options)
+    for _ in images:
+        if len(images.names) == after:
+            break
+    return images.state()
+
+
+def resumed(source: Any, state: dict[str, Any], **options: Any) -> ImageStream:
+    """A stream that has gone on from a state to its end."""
+    images = ImageStream(source, PREPROCESSING, batch_size=1, **options)
+    images.resume(state)
+    list(images)
+    return images
+
+
+class TestResuming:
+    @pytest.mark.parametrize("kind", ALL)
+    def test_the_record_is_that_of_an_uninterrupted_stream(
+        self, kind: str, folder: Path, paths: list[Path], expected: Tensor
+    ) -> None:
+        whole = ImageStream(make_source(kind, folder, paths, expected), PREPROCESSING, batch_size=1)
+        list(whole)
+        state = interrupted(make_source(kind, folder, paths, expected), 4)
+        images = resumed(make_source(kind, folder, paths, expected), json.loads(json.dumps(state)))
+        assert images.state() == whole.state()
+        assert len(images.state()["contents"]) == 7
+
+    def test_a_file_that_was_replaced_by_another_of_the_same_size(self, paths: list[Path]) -> None:
+        for path in paths:
+            Image.effect_noise((40, 40), 50).convert("RGB").save(path.with_suffix(".bmp"))
+        files = [path.with_suffix(".bmp") for path in paths]
+        state = interrupted(files, 4)
+        times = files[1].stat()
+        content = files[1].read_bytes()
+        files[1].write_bytes(files[2].read_bytes())
+        os.utime(files[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(InputError, match=r"^1.bmp has changed since it was measured before the interruption; pass the ima"):
+            resumed(files, state)
+        files[1].write_bytes(content)
+        files[5].write_bytes(files[2].read_bytes())  # not measured yet
+        assert resumed(files, state).manifest.digests[5] == state["digests"][2]
+
+    def test_a_folder_that_was_copied(self, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        state = interrupted(folder, 4)
+        copied = shutil.copytree(folder, tmp_path_factory.mktemp("copied") / "photographs", copy_function=shutil.copyfile)
+        assert ImageStream(copied, PREPROCESSING).identity() == ImageStream(folder, PREPROCESSING).identity()
+        assert len(resumed(copied, state).names) == 7
+
+    @pytest.mark.parametrize("kind", ["dataset", "iterable dataset", "generator", "batches", "loader", "tensor", "list"])
+    def test_other_tensors(self, kind: str, expected: Tensor) -> None:
+        state = interrupted(TENSORS[kind](expected), 4)
+        changed = expected.clone()
+        changed[2] += 1
+        with pytest.raises(InputError, match=r"^image 2 has changed since it was measured"):
+            resumed(TENSORS[kind](changed), state)
+
+    def test_the_images_of_another_process_are_not_compared(self, expected: Tensor) -> None:
+        state = interrupted(expected, 2, shard=(1, 2))
+        expected[2] += 1
+        assert resumed(expected, state, shard=(1, 2)).indices == [1, 3, 5]
+
+    def test_few_items_of_a_long_dataset_are_read_again(self, expected: Tensor) -> None:
+        items = list(expected.repeat(30, 1, 1, 1))
+        state = interrupted(MapStyle(items), 200)
+        dataset = MapStyle(items)
+        images = ImageStream(dataset, None)
+        images.resume(state)
+        dataset.read.clear()
+        list(images)
+        assert len(images.names) == 210
+        assert dataset.read == [*range(0, 200, 7), *range(200, 210)]
+
+    def test_a_state_that_lacks_a_hash(self, expected: Tensor) -> None:
+        state = interrupted(expected, 4)
+        state["contents"].pop()
+        with pytest.raises(InputError, match="does not hold a name, an index and two hashes of each image"):
+            resumed(expected, state)
+
+    def test_an_image_that_was_skipped_is_not_compared(self, paths: list[Path]) -> None:
+        truncate(paths[1])
+        state = interrupted(paths, 3, on_error="skip")
+        assert resumed(paths, state, on_error="skip").skipped[0][0] == "1.jpg"
+
+    def test_an_image_that_can_no_longer_be_read(self, expected: Tensor) -> None:
+        state = interrupted(MapStyle(list(expected)), 3)
+        with pytest.raises(InputError, match=r"cannot read its image 1 \(gone\)"):
+            resumed(MapStyle([expected[0], OSError("gone"), *expected[2:]]), state, on_error="skip")
+
+    @pytest.mark.parametrize("kind", ["generator", "batches"])
+    def test_fewer_images_than_before(self, kind: str, expected: Tensor) -> None:
+        state = interrupted(TENSORS[kind](expected), 6)
+        with pytest.raises(InputError, match="there are fewer images than before the interruption; pass the images"):
+            resumed(TENSORS[kind](expected[:5]) if kind == "generator" else [expected[:5]], state)
 
 
 class TestIdentity:

@@ -59,7 +59,9 @@ def test_the_grid_of_any_shape_is_found(
     # The convolution ignores an incomplete patch at the edge.
     height, width = rows * patch[0] + remainder[0] % patch[0], cols * patch[1] + remainder[1] % patch[1]
     grid = locate_tokens(model, height, width).grid
-    assert grid == TokenGrid(rows, cols, patch, prefix, has_cls_token=named and prefix > 0)
+    # Its output holds all tokens, so only the name of a single prefix token can tell that it is the class token.
+    has_cls_token = False if prefix == 0 else True if named and prefix == 1 else None
+    assert grid == TokenGrid(rows, cols, patch, prefix, has_cls_token)
 
 
 class PrefixLast(Generic):
@@ -110,9 +112,13 @@ class LastPatchReplaced(Generic):
         return torch.cat([tokens[:, :-1], tokens[:, -2:-1]], dim=1)
 
 
+@pytest.mark.parametrize(("model_class", "before", "behind"), [(PrefixLast, 0, 3), (PrefixAround, 1, 2)])
+def test_tokens_behind_the_patches_are_neither_prefix_nor_patches(model_class: type[Generic], before: int, behind: int) -> None:
+    grid = locate_tokens(model_class(prefix=3, named=False), 32, 48).grid
+    assert grid == TokenGrid(4, 6, (8, 8), before, None, num_suffix_tokens=behind)
+
+
 OTHER_ORDERS = [
-    PrefixLast,
-    PrefixAround,
     ColumnByColumn,
     UpsideDown,
     Shuffled,
@@ -131,8 +137,8 @@ def test_other_orders_of_tokens_are_rejected(model_class: type[Generic], size: t
 
 
 @pytest.mark.parametrize("size", [(32, 48), (32, 32)])
-@pytest.mark.parametrize("model_class", OTHER_ORDERS)
-def test_other_orders_are_rejected_even_with_a_given_grid(model_class: type[Generic], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("model_class", [*OTHER_ORDERS, PrefixLast, PrefixAround])
+def test_other_orders_are_rejected_with_a_given_grid_too(model_class: type[Generic], size: tuple[int, int]) -> None:
     grid = TokenGrid(size[0] // 8, size[1] // 8, (8, 8), 2, True)
     with pytest.raises(InputError):
         locate_tokens(model_class(prefix=2), *size, grid=grid)

@@ -68,8 +68,8 @@ class Decoder(Patches):
         self.decoder = nn.TransformerDecoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.tokens(images)
-        return self.decoder(x, self.encoder(x))
+        x = self.encoder(self.tokens(images))
+        return self.decoder(x, x)
 
 
 class CrossAttention(nn.Module):

@@ -177,7 +177,14 @@ def distance(layer: Layer, prefix: Any = "renormalize") -> Values:
     return {
         "distance": np.stack([one.mean[0] for one in of_images]),
         "patch_mass": np.stack([one.patch_mass[0] for one in of_images]),
+        **(excluded(layer) if prefix == "renormalize" else {}),
     }
+
+
+def excluded(layer: Layer) -> Values:
+    """The share of queries that give patches no weight."""
+    first = layer.num_prefix_tokens
+    return {"excluded": (layer.attention[:, :, first:, first:].sum(-1) == 0).mean(-1)}
 
 
 def entropy(layer: Layer) -> Values:
@@ -188,7 +195,7 @@ def entropy(layer: Layer) -> Values:
 
 def offset(layer: Layer) -> Values:
     found = reference.attention_offset(layer.attention[None], layer.rows, layer.cols, layer.patch_size, layer.num_prefix_tokens)
-    return {name: getattr(found, name)[0] for name in ("dx", "dy", "aligned")}
+    return {name: getattr(found, name)[0] for name in ("dx", "dy", "aligned")} | excluded(layer)
 
 
 def sinks(layer: Layer) -> Values:
@@ -200,7 +207,7 @@ def sinks(layer: Layer) -> Values:
 
 def near(layer: Layer, radius: float = 1.5, prefix: Any = "renormalize") -> Values:
     mass = reference.local_mass(layer.attention[None], layer.rows, layer.cols, radius, layer.num_prefix_tokens, prefix)[0]
-    return {"local_mass": mass, "patch_mass": distance(layer)["patch_mass"]}
+    return {"local_mass": mass} | {name: value for name, value in distance(layer, prefix).items() if name != "distance"}
 
 
 def alike(layer: Layer) -> Values:
@@ -269,7 +276,7 @@ def relu_of_offset(layer: Layer, direction: Any = "right", prefix: Any = "renorm
                 }[direction]
                 total = weights.sum() if prefix == "renormalize" else 1
                 mean[image, head] += weights[j] / total * max(pixels, 0) / patches
-    return {"reach": mean, "patch_mass": distance(layer)["patch_mass"]}
+    return {"reach": mean} | {name: value for name, value in distance(layer, prefix).items() if name != "distance"}
 
 
 def largest(layer: Layer) -> Values:

@@ -59,7 +59,8 @@ def test_all_attention_on_the_class_token_has_no_offset() -> None:
     attention[..., 0] = 1
     result = feed(observer(GRID), attention).compute()
     for value in (result.dx, result.dy, result.aligned):
-        assert (value == 0).all()
+        assert np.isnan(value).all()
+    assert (result.to_dataframe()["excluded"] == 1).all()
 
 
 def test_prefix_tokens_change_nothing_but_the_scale() -> None:

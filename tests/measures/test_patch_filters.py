@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from einops.layers.torch import Rearrange
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from safetensors.torch import save_file
@@ -130,8 +131,34 @@ def test_the_first_convolution_of_a_hybrid() -> None:
     assert result.provenance["layers"][0].startswith("patch_embed.")
 
 
-def test_gray_filters() -> None:
-    assert patch_filters(_conv(torch.randn(8, 1, 3, 3)), components=2).filters.shape == (2, 1, 3, 3)
+@pytest.mark.parametrize(("channels", "name"), [(1, "Grey"), (3, "RGB"), (4, "4-channel"), (13, "13-channel")])
+def test_images_of_other_channels(channels: int, name: str) -> None:
+    weight = torch.randn(40, channels, 3, 5)
+    result = patch_filters(_conv(weight), components=6)
+    filters, ratios = reference.patch_filter_pca(weight.double().numpy(), 6)
+    np.testing.assert_allclose(result.filters, filters, atol=1e-9)
+    np.testing.assert_allclose(result.explained_variance_ratio, ratios, atol=1e-12)
+    assert result.title == f"{name} embedding filters\n(first 6 principal components)"
+    assert result.to_dataframe().channel.nunique() == channels
+    assert len(result.plot().images) == 1
+
+
+def test_chosen_channels_are_drawn() -> None:
+    result = patch_filters(_conv(torch.randn(40, 5, 3, 5)), components=6)
+    picture = np.asarray(result.plot(channels=(4, 0, 2)).images[0].get_array())
+    first = result.filters[0, [4, 0, 2]]
+    np.testing.assert_allclose(picture[:3, :5], ((first - first.min()) / np.ptp(first)).transpose(1, 2, 0), atol=1e-12)
+
+
+def test_components_of_a_linear_layer() -> None:
+    """The same as those of the convolution with its weights."""
+    conv = nn.Conv2d(3, 32, 4, 4)
+    linear = nn.Linear(48, 32)
+    linear.weight = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
+    model = nn.Sequential(Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=4, p2=4), nn.LayerNorm(48), linear)
+    result = patch_filters(model, components=6)
+    np.testing.assert_array_equal(result.filters, patch_filters(conv, components=6).filters)
+    assert result.provenance["layers"] == ["2.weight"]
 
 
 # The result
@@ -198,8 +225,8 @@ def test_filters_that_are_not_finite() -> None:
         patch_filters(_conv(torch.full((4, 3, 2, 2), torch.nan)))
 
 
-def test_no_convolution_over_colours() -> None:
-    with pytest.raises(InputError, match="Sequential has no convolution over 1 or 3 colour channels"):
+def test_no_layer_that_sees_the_image() -> None:
+    with pytest.raises(InputError, match="Sequential has no convolution or linear layer that sees the pixels of an image"):
         patch_filters(nn.Sequential(nn.Linear(3, 3), nn.Conv2d(8, 8, 3)))
 
 

@@ -86,7 +86,7 @@ def test_a_resized_model_is_measured_as_resized() -> None:
 
 
 class Clip(nn.Module):
-    """The names and shapes of open_clip's vision transformer."""
+    """The names and the structure of open_clip's vision transformer, whose tokens are normalised after the addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,11 +94,58 @@ class Clip(nn.Module):
         self.conv1 = nn.Conv2d(3, 8, 8, 8, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(8))
         self.positional_embedding = nn.Parameter(torch.randn(7, 8))
+        self.ln_pre = nn.LayerNorm(8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.conv1(images).flatten(2).mT
+        tokens = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+        return self.layer(self.ln_pre(tokens + self.positional_embedding))
 
 
 def test_the_table_of_open_clip() -> None:
     model = Clip()
     agrees(position_similarity(model), model.positional_embedding[1:], 2, 3)
+
+
+def test_a_row_that_is_shared_by_all_patches_counts() -> None:
+    from transformers import VitPoseBackbone, VitPoseBackboneConfig
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=[64, 48], patch_size=[16, 16])
+    model = randomize(VitPoseBackbone(VitPoseBackboneConfig(**sizes)).eval())
+    table = model.embeddings.position_embeddings[0]
+    result = position_similarity(model)
+    agrees(result, table[1:] + table[:1], 4, 3)
+    assert (
+        abs(
+            result.similarity.reshape(12, 12) - reference.position_similarity(table[1:].detach().numpy(), 4, 3).reshape(12, 12)
+        ).max()
+        > 0.1
+    )
+
+
+def test_entries_of_detection_tokens_do_not_count() -> None:
+    from transformers import YolosConfig, YolosModel
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=[32, 48], patch_size=8)
+    model = randomize(YolosModel(YolosConfig(**sizes, num_detection_tokens=5)).eval())
+    agrees(position_similarity(model), model.embeddings.position_embeddings[0, 1:25], 4, 6)
+
+
+def test_a_table_that_is_stored_block_by_block() -> None:
+    from timm.models.nest import Nest, deblockify
+
+    sizes = dict(img_size=32, patch_size=2, num_levels=3, embed_dims=(8, 16, 32), num_heads=(1, 2, 4), depths=(1, 1, 1))
+    model = randomize(Nest(**sizes, num_classes=2).eval())
+    table = deblockify(model.levels[0].pos_embed, 4)[0].flatten(0, 1)
+    agrees(position_similarity(model), table, 16, 16)
+
+
+def test_a_model_that_names_no_size_is_made_for_the_given_one() -> None:
+    model = Clip()
+    table = model.positional_embedding[1:]
+    model.image_size = None
+    agrees(position_similarity(model, image_size=(16, 24)), table, 2, 3)
 
 
 def test_similarity_is_symmetric_with_ones_on_its_diagonal() -> None:
@@ -274,7 +321,7 @@ def test_layers_that_are_not_there(after_layers: int) -> None:
 
 
 def test_a_model_that_names_no_size() -> None:
-    with pytest.raises(InputError, match=r"Encoder has no table .*names no image size; pass image_size="):
+    with pytest.raises(InputError, match=r"Encoder names no image size; pass image_size="):
         position_similarity(FAMILIES["encoder"].model())
 
 
@@ -282,7 +329,7 @@ def test_a_table_that_is_too_short() -> None:
     model = Clip()
     model.image_size = (32, 32)
     with pytest.raises(
-        InputError, match=r"position table of Clip has 7 entries, which does not fit 4 x 4 patches; pass image_size"
+        InputError, match=r"Clip cannot take images of 32 x 32 pixels .*; pass images of the size that it was made for"
     ):
         position_similarity(model)
 

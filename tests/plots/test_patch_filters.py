@@ -114,11 +114,44 @@ def test_draws_on_the_given_axes() -> None:
     assert len(axes.images) == 1
 
 
-@pytest.mark.parametrize("shape", [(28, 588), (4, 2, 8, 8), (0, 3, 8, 8)])
+def test_other_channels_are_tiles_side_by_side() -> None:
+    """In the picture of one filter, and with wider gaps between filters."""
+    filters = _filters(3, channels=4, rows=6, cols=5)
+    picture = _picture(plot_patch_filters(filters, columns=2))
+    assert picture.shape == (6 + 1 + 6, 2 * (4 * 5 + 3) + 4, 3)
+    assert np.ptp(picture, axis=2).max() == 0
+    for index, weights in enumerate(filters):
+        row, col = divmod(index, 2)
+        scaled = (weights - weights.min()) / (weights.max() - weights.min())
+        for channel in range(4):
+            left = col * (4 * 6 - 1 + 4) + channel * 6
+            np.testing.assert_allclose(picture[row * 7 : row * 7 + 6, left : left + 5, 0], scaled[channel], atol=1e-12)
+    assert (picture[:, 5::6][:, :3] == 1).all()
+
+
+def test_many_filters_of_many_channels_are_about_square() -> None:
+    height, width = _picture(plot_patch_filters(_filters(28, channels=13, rows=8, cols=8))).shape[:2]
+    assert 0.4 < height / width < 1.2
+
+
+def test_three_chosen_channels_are_red_green_and_blue() -> None:
+    filters = _filters(5, channels=13)
+    picture = _picture(plot_patch_filters(filters, channels=(3, 2, 1)))
+    np.testing.assert_array_equal(picture, _picture(plot_patch_filters(filters[:, [3, 2, 1]])))
+    np.testing.assert_array_equal(
+        _picture(plot_patch_filters(filters, channels=[4])), _picture(plot_patch_filters(filters[:, 4:5]))
+    )
+
+
+@pytest.mark.parametrize("channels", [(0, 1), (0, 1, 13), (-1, 0, 1), ()])
+def test_channels_that_cannot_be_drawn(channels: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"channels must be one or three of 0 to 12, got \("):
+        plot_patch_filters(_filters(2, channels=13), channels=channels)
+
+
+@pytest.mark.parametrize("shape", [(28, 588), (0, 3, 8, 8)])
 def test_another_shape_raises(shape: tuple[int, ...]) -> None:
-    with pytest.raises(
-        InputError, match=r"filters have shape \(.*\); they must be \(filter, channel, row, col\).* 1 or 3 channels"
-    ):
+    with pytest.raises(InputError, match=r"filters have shape \(.*\); they must be \(filter, channel, row, col\), none empty"):
         plot_patch_filters(np.zeros(shape))
 
 

@@ -1,4 +1,4 @@
-"""TokenGrid, OffsetTable and Windows: where patches lie, functions of their offsets, and what a model says of its patches."""
+"""TokenGrid, OffsetTable and Windows: where patches lie, and functions of their offsets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import ViTMAEConfig, ViTMAEModel
+from torch import Tensor
 
 from tests import reference
 from vit_probe import InputError, TokenGrid
-from vit_probe.tokens.grid import OffsetTable, Windows, has_class_token, read_patch_size
+from vit_probe.tokens.grid import OffsetTable, Windows
 
 grids = st.builds(
     TokenGrid,
@@ -179,37 +178,7 @@ def test_one_window_over_all_is_the_grid() -> None:
 # What a model says of its patches
 
 
-@pytest.mark.parametrize(
-    ("name", "is_one"),
-    [
-        *((name, True) for name in ("cls_token", "class_token", "class_embedding", "embeddings.cls_token", "cls")),
-        *((name, False) for name in ("reg_token", "mask_token", "classifier.weight", "class_head")),
-    ],
-)
-def test_names_of_class_tokens(name: str, is_one: bool) -> None:
-    model = nn.Module()
-    *path, last = name.split(".")
-    owner = model
-    for part in path:
-        owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    owner.register_parameter(last, nn.Parameter(torch.zeros(1)))
-    assert has_class_token(model) is is_one
-
-
-def test_patch_size_from_the_convolution_that_sees_the_image() -> None:
-    assert read_patch_size(nn.Sequential(nn.Conv2d(3, 8, (4, 6), (4, 6)), nn.Conv2d(8, 8, 2, 2))) == (4, 6)
-    for first in (nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 8, 1)):
-        with pytest.raises(InputError, match=r"no first convolution whose stride equals its kernel; pass grid"):
-            read_patch_size(nn.Sequential(first, nn.Conv2d(8, 8, 7, 7)))
-
-
 # Errors
-
-
-def test_a_model_without_patches_cannot_be_read() -> None:
-    with pytest.raises(InputError, match=r"cannot determine the patch size of Linear.*pass grid=TokenGrid"):
-        read_patch_size(nn.Linear(2, 2))
 
 
 def test_tokens_that_do_not_fit() -> None:
@@ -217,20 +186,42 @@ def test_tokens_that_do_not_fit() -> None:
         TokenGrid(2, 3, (8, 4), 5, True).check_tokens(12)
 
 
-@pytest.mark.parametrize("values", [(0, 3, (8, 8), 0), (3, 0, (8, 8), 0), (3, 3, (8, 0), 0), (3, 3, (8, 8), -1)])
+@pytest.mark.parametrize("values", [(0, 3, (8, 8), 0), (3, 0, (8, 8), 0), (3, 3, (8, 0), 0)])
 def test_impossible_grids(values: tuple) -> None:
-    with pytest.raises(InputError, match="needs positive rows, columns and patch sizes and no negative prefix"):
+    with pytest.raises(InputError, match="needs positive rows, columns and patch sizes"):
         TokenGrid(*values, has_cls_token=False)
 
 
-def test_a_class_token_is_a_prefix_token() -> None:
-    with pytest.raises(InputError, match="a class token is a prefix token"):
+@pytest.mark.parametrize("numbers", [dict(num_prefix_tokens=-1), dict(num_prefix_tokens=0, num_suffix_tokens=-1)])
+def test_negative_numbers_of_tokens(numbers: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="no negative number of prefix or suffix tokens"):
+        TokenGrid(3, 3, (8, 8), has_cls_token=False, **numbers)
+
+
+def test_tokens_around_the_patches() -> None:
+    grid = TokenGrid(2, 3, (8, 4), 2, True, num_suffix_tokens=4)
+    assert (grid.num_tokens, grid.patch_tokens, grid.class_token) == (12, slice(2, 8), 0)
+    assert TokenGrid(2, 3, (8, 4), 2, False, class_token=1) == TokenGrid(2, 3, (8, 4), 2, True, class_token=1)
+    assert TokenGrid(2, 3, (8, 4), 0, True, class_token=6, num_suffix_tokens=1).find_class_token() == 6
+    assert TokenGrid(2, 3, (8, 4), 2, False).find_class_token() is None
+
+
+@pytest.mark.parametrize("class_token", [2, 7])
+def test_a_class_token_is_no_patch(class_token: int) -> None:
+    with pytest.raises(InputError, match=r"a class token is a prefix or suffix token, but TokenGrid.* has a patch in its"):
+        TokenGrid(2, 3, (8, 8), 2, True, class_token=class_token)
+    with pytest.raises(InputError, match="has a patch in its place"):
         TokenGrid(3, 3, (8, 8), 0, True)
 
 
-def test_a_model_that_shuffles_its_patches() -> None:
-    config = ViTMAEConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    with pytest.raises(InputError, match="ViTMAEModel drops and shuffles patches at random"):
-        read_patch_size(ViTMAEModel(config))
+@pytest.mark.parametrize("class_token", [-1, 8])
+def test_a_class_token_is_one_of_the_tokens(class_token: int) -> None:
+    with pytest.raises(InputError, match="the class token must be one of 8 tokens"):
+        TokenGrid(2, 3, (8, 8), 2, True, class_token=class_token)
+
+
+def test_an_unknown_class_token() -> None:
+    with pytest.raises(
+        InputError, match=r"which of the 3 tokens that are not patches is the class token .* pass grid=TokenGrid"
+    ):
+        TokenGrid(2, 3, (8, 8), 2, None, num_suffix_tokens=1).find_class_token()

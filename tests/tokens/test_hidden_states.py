@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.attention.test_hooks import leaves_nothing
-from tests.example_models import FAMILIES, Family, Hungry, branches_side_by_side, images, small_vit, swin
+from tests.example_models import FAMILIES, Family, Hungry, images, small_vit, swin
 from tests.families.timm import sam as timm_sam
 from tests.families.timm import swin as timm_swin
 from tests.runner.test_distributed import start, wait_for
@@ -25,7 +25,7 @@ from vit_probe.errors import AssumptionWarning
 from vit_probe.measures.base.hidden_states import HiddenStateMeasure
 from vit_probe.measures.representation_similarity import RepresentationSimilarity
 from vit_probe.measures.rollout import AttentionRollout
-from vit_probe.measures.token_norms import TokenNorms
+from vit_probe.measures.token_norms import token_norms
 from vit_probe.runner.protocol import Measure
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.hidden_states import TokenObserver, token_hooks
@@ -158,12 +158,12 @@ def test_without_other_measures_no_attention_is_computed(monkeypatch: pytest.Mon
     model, x = small_vit(), images()
     attention = run(model, x)
     monkeypatch.setattr("vit_probe.attention.hooks.TiledAttention.__call__", lambda *_: pytest.fail("attention was computed"))
-    attention.observe(measure := TokenNorms(attention.layers))
+    attention.observe(measure := token_norms.spec.start(attention))
     assert measure.compute().num_images == 3
 
 
 def test_measures_of_tokens_are_measures() -> None:
-    measure = TokenNorms(["blocks.0.attn"])
+    measure = token_norms.spec.start(run(small_vit(), images()))
     assert isinstance(measure, TokenObserver)
     assert isinstance(measure, Measure)
     assert not isinstance(mean_attention_distance.observer(small_vit().token_grid(24, 24)), TokenObserver)
@@ -185,7 +185,7 @@ def test_half_precision_and_compiled_models() -> None:
     np.testing.assert_allclose(recorded.of(1), expected.of(1), rtol=0, atol=1e-5)
     torch.compiler.reset()
     attention = run(model.to(torch.bfloat16), x)
-    attention.observe(measure := TokenNorms(attention.layers))
+    attention.observe(measure := token_norms.spec.start(attention))
     norms = np.linalg.norm(expected.of(1), axis=-1)
     assert measure.compute().to_dataframe()["median"][1] == pytest.approx(np.median(norms), rel=0.05)
 
@@ -199,7 +199,7 @@ def test_batches_are_not_split_below_what_a_measure_needs() -> None:
     model = Hungry(5)
     attention = run(model, x, batch_size=9)
     model.sizes.clear()
-    norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
+    norms, similarity = token_norms.spec.start(attention), RepresentationSimilarity(attention.layers)
     with pytest.warns(AssumptionWarning, match="out of memory with a batch of 9 images"):
         attention.observe(norms, similarity)
     assert model.sizes == [9, 5, 4, 5, 4, 3]  # pieces of equal size, so that the last one is not too small
@@ -208,7 +208,7 @@ def test_batches_are_not_split_below_what_a_measure_needs() -> None:
 
     model = Hungry(3)
     attention = run(model, x, batch_size=9)
-    norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers)
+    norms, similarity = token_norms.spec.start(attention), RepresentationSimilarity(attention.layers)
     with pytest.warns(
         AssumptionWarning, match="out of memory with a batch of 4 images; measures that need at least 4 images per batch"
     ):
@@ -246,7 +246,7 @@ def test_split_interrupted_and_resumed(tmp_path: Path) -> None:
 
 def measured(model: nn.Module, x: Any, **options: Any) -> np.ndarray:
     attention = run(model, x, **options)
-    attention.observe(measure := TokenNorms(attention.layers))
+    attention.observe(measure := token_norms.spec.start(attention))
     return measure.state()["counts"]
 
 
@@ -254,7 +254,7 @@ def test_batches_that_run_out_of_memory_are_split() -> None:
     x, model = images(batch=19), Hungry(2)
     attention = run(model, x, batch_size=8)
     model.sizes.clear()
-    norms, rollout = TokenNorms(attention.layers), AttentionRollout(attention.grid)
+    norms, rollout = token_norms.spec.start(attention), AttentionRollout(attention.grid)
     with pytest.warns(AssumptionWarning, match="out of memory with a batch of 8 images"):
         attention.observe(rollout, norms)
     assert model.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
@@ -276,11 +276,11 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
 
     first = run(small_vit(), x, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        first.observe(TokenNorms(first.layers), progress=Interrupts(), state=state, every=1)
+        first.observe(token_norms.spec.start(first), progress=Interrupts(), state=state, every=1)
     again = run(small_vit(), x, batch_size=2)
     counts: list[int] = []
-    again.observe(measure := TokenNorms(again.layers), progress=counts.append, state=state)
-    assert counts[0] == 4
+    again.observe(measure := token_norms.spec.start(again), progress=counts.append, state=state)
+    assert counts[0] == 6
     np.testing.assert_array_equal(measure.state()["counts"], measured(small_vit(), x, batch_size=2))
     assert measure.compute().num_images == 11
 
@@ -292,12 +292,12 @@ import torch
 torch.set_num_threads(1)
 from tests.example_models import images, small_vit
 from vit_probe.measures.representation_similarity import RepresentationSimilarity
-from vit_probe.measures.token_norms import TokenNorms
+from vit_probe.measures.token_norms import token_norms
 from vit_probe.runner.distributed import ProcessGroup
 from vit_probe.runner.run import AttentionRun
 processes = ProcessGroup.from_env()
 attention = AttentionRun(small_vit(), images(batch=13), batch_size=4, device="cpu", processes=processes)
-norms, similarity = TokenNorms(attention.layers), RepresentationSimilarity(attention.layers, keep=True)
+norms, similarity = token_norms.spec.start(attention), RepresentationSimilarity(attention.layers, keep=True)
 attention.observe(norms, similarity)
 if processes.is_main:
     np.savez(sys.argv[1], counts=norms.state()["counts"], similarity=similarity.compute().similarity)
@@ -357,11 +357,6 @@ class Shared(Model):
         return self.blocks[0](self.blocks[0](x))
 
 
-class Beside(Model):
-    def through(self, x: Tensor) -> Tensor:
-        return x + self.blocks[0](x) + self.blocks[1](x)
-
-
 class Direct(Model):
     def through(self, x: Tensor) -> Tensor:
         x = x + self.blocks[0](x)
@@ -372,10 +367,6 @@ class Direct(Model):
     ("model", "message"),
     [
         (Shared(Attention()), r"layer 0 \(blocks.0\) of Shared has no block of its own"),
-        (
-            Beside(Attention(), Attention()),
-            "the block around blocks.1 does not take the tokens from the block before it, so ",
-        ),
         (Direct(Attention(), nn.ModuleList([nn.Identity(), Attention()])), "the block around blocks.1.1 does not take the tok"),
         (
             Direct(Attention(), nn.Sequential(nn.Identity(), Attention())),
@@ -387,11 +378,6 @@ def test_blocks_whose_outputs_are_not_the_tokens(model: nn.Module, message: str)
     attention = run(model, images())
     with leaves_nothing(model), pytest.raises(InputError, match=message):
         attention.observe(Tokens())
-
-
-def test_parallel_branches_of_timm() -> None:
-    with pytest.raises(InputError, match=r"the block around blocks.0.attns.1.attn does not take the tokens from the block"):
-        run(branches_side_by_side(), images()).observe(Tokens())
 
 
 def test_blocks_that_return_something_else() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -151,6 +153,88 @@ def test_blocks_that_return_something_else() -> None:
         InputError, match=r"the block around attn returns a tensor of shape \(3, 1, 9, 8\), which does not hold"
     ):
         patch_tokens(model, images(), layout, 1)
+
+
+class Pairs(nn.Module):
+    """Layers that are lists of modules, whose outputs the model adds to the tokens, as in vit-pytorch."""
+
+    def __init__(self, *, depth: int, norms: bool = False, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embed, self.scale = nn.Conv2d(3, 8, 8, 8), scale
+        self.layers = nn.ModuleList([nn.ModuleList(self._branches(norms)) for _ in range(depth)])
+        self.norm = nn.LayerNorm(8)
+
+    def _branches(self, norms: bool) -> list[nn.Module]:
+        attention, mlp = nn.Sequential(nn.LayerNorm(8), Single()), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+        return [*attention, *mlp] if norms else [attention, mlp]
+
+    def tokens(self, x: Tensor) -> list[Tensor]:
+        """Those that enter the first layer, and those after each layer."""
+        tokens = [self.patch_embed(x).flatten(2).mT]
+        for modules in self.layers:
+            x = tokens[-1]
+            half = len(modules) // 2
+            for branch in (modules[:half], modules[half:]):
+                y = x
+                for module in branch:
+                    y = module(y)
+                x = self.scale * x + y
+            tokens.append(x)
+        return tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.tokens(x)[-1])
+
+
+class Single(nn.Module):
+    """Attention of a single head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_layers_that_are_lists_of_branches(depth: int, norms: bool) -> None:
+    """The final normalisation is not part of the last layer."""
+    model, x = Pairs(depth=depth, norms=norms).eval(), images(batch=2)
+    layout = locate_tokens(model, 24, 24)
+    assert [block_path(model, layout, layer) for layer in range(depth)] == [f"layers.{layer}" for layer in range(depth)]
+    with torch.no_grad():
+        expected = model.tokens(x)
+    for after_layers in range(depth + 1):
+        with leaves_nothing(model):
+            tokens, _ = patch_tokens(model, x, layout, after_layers)
+        torch.testing.assert_close(tokens, expected[after_layers], rtol=0, atol=0)
+    for one, other in pairwise(expected):
+        assert float((one - other).abs().mean()) > 0.1
+
+
+def test_branches_that_are_not_simply_added() -> None:
+    model = Pairs(depth=2, scale=0.5).eval()
+    layout = locate_tokens(model, 24, 24)
+    with leaves_nothing(model), pytest.raises(InputError, match=r"what follows the modules around layers.0.0.1 gets neither"):
+        patch_tokens(model, images(), layout, 1)
+
+
+def test_a_branch_is_not_taken_for_the_tokens() -> None:
+    """The block's output is only the attention, which the model adds to the tokens; the next block shows it."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.attentions = nn.Conv2d(3, 8, 8, 8), nn.ModuleList([Single(), Single()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch_embed(x).flatten(2).mT
+            for attention in self.attentions:
+                x = x + attention(x)
+            return x
+
+    model = Residual()
+    with pytest.raises(InputError, match=r"the block around attentions.1 does not take the tokens from the block before it"):
+        patch_tokens(model, images(), locate_tokens(model, 24, 24), 1)
 
 
 class SeqFirst(nn.Module):

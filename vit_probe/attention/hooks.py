@@ -1,9 +1,11 @@
 """`attention_hooks`: show a model's attention to observers while it runs.
 
-Every current Vision Transformer computes its attention in `torch.nn.functional.scaled_dot_product_attention`. Intercepting
-that function gives the true queries, keys and values of each layer, whichever library wrote the model. The attention is then
-computed tile by tile. Each tile is shown to the observers and multiplied by the values, so that one softmax serves both the
-measures and the model's output, and no N x N map is held.
+Nearly every current Vision Transformer computes its attention in `torch.nn.functional.scaled_dot_product_attention`.
+Intercepting that function gives the true queries, keys and values of each layer, whichever library wrote the model. The
+attention is then computed tile by tile. Each tile is shown to the observers and multiplied by the values, so that one softmax
+serves both the measures and the model's output, and no N x N map is held.
+
+Models that compute the softmax in code of their own hold such maps anyway. There the softmax is intercepted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from vit_probe.attention.intercept import AttentionCall, AttentionInterceptor, intercept_attention
+from vit_probe.attention.calls import AttentionCall, UnfusedCall
+from vit_probe.attention.intercept import AttentionInterceptor, intercept_attention
 from vit_probe.attention.tiles import TILE_BYTES, AttentionInputs, AttentionObserver, LayerObserver, TiledAttention
 from vit_probe.attention.verify import verify_outputs
 from vit_probe.errors import InputError
@@ -32,12 +35,17 @@ def attention_hooks(
 
     The model is not modified: its fused attention stays on, and its output is the same within rounding. Where gradients flow
     or attention dropout is active, the output is that of the fused attention itself, and observers get the probabilities
-    before dropout. Calls that are not self-attention (pooling heads, cross- and class-attention, whose queries and keys differ)
-    run unchanged and are listed in `skipped` with the reason. Compiled models run uncompiled inside the context. All hooks are
-    removed at the end, also after an exception.
+    before dropout. Attention that is not self-attention (pooling heads, cross- and class-attention, whose queries and keys
+    differ) runs unchanged and is listed in `skipped` with the reason. Compiled models run uncompiled inside the context. All
+    hooks are removed at the end, also after an exception.
+
+    Layers may also compute their attention in code of their own, as a softmax over the keys that is then multiplied by the
+    values. They are listed in `unfused`. Where the weights are changed in between (heads are mixed, two softmaxes subtracted),
+    there is no attention of one softmax to show, and nothing is. A module that attends several times in a forward pass counts
+    as several layers here; measures refuse models in which these do not follow one another.
 
     Args:
-        model: Any module whose attention goes through `scaled_dot_product_attention`.
+        model: Any module whose attention goes through `scaled_dot_product_attention`, or through a softmax.
         observers: Objects with a method `update(tile)`, called in turn with each `AttentionTile`.
         tile_bytes: Upper bound on the size of a tile, which holds at least one query of one head of one image.
         verify: Repeat each call of the whole model without hooks, with the same random numbers, and compare the outputs.
@@ -47,7 +55,8 @@ def attention_hooks(
 
     Raises:
         InputError: At the end of the context, if the model was called and the attention of some or all of its layers was not
-            captured; with `verify`, if only parts of the model were called.
+            captured; with `verify`, if only parts of the model were called. At its start, if another thread is measuring the
+            model.
         RuntimeError: With `verify`, if the outputs differ by more than rounding.
 
     Examples:
@@ -88,7 +97,9 @@ class AttentionHooks(AttentionInterceptor):
 
     Attributes:
         layers: Module path of each self-attention layer.
-        skipped: Module paths whose calls were not self-attention, with the reason. Calls from outside the model are ignored.
+        unfused: Module paths of those layers that compute their attention in code of their own, by a softmax.
+        skipped: Module paths of other attention, with the reason. At the end of the context also modules that hold projections
+            of queries, keys and values but whose attention was not seen. Calls from outside the model are ignored.
         stop_after: If set, the forward pass ends (with `ForwardStopped`) after this layer was shown.
     """
 
@@ -104,7 +115,8 @@ class AttentionHooks(AttentionInterceptor):
         # Hooks of an enclosing context see this call only if the fused attention is called.
         modes: list[object] = _get_current_function_mode_stack()
         is_nested = any(isinstance(mode, AttentionHooks) for mode in modes)
-        needs_fused = has_gradient or call.dropout_p > 0 or is_nested  # tiles have neither a graph nor dropout
+        # Tiles have neither a graph nor dropout, and a model that computed the softmax itself goes on with it.
+        needs_own = has_gradient or call.dropout_p > 0 or is_nested or isinstance(call, UnfusedCall)
         output_unused = call.discard_output or call.layer == self.stop_after
         with torch.no_grad():
             query, key, value = _cast_and_expand(call)
@@ -114,13 +126,13 @@ class AttentionHooks(AttentionInterceptor):
                 scale = 1 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
                 layer = AttentionInputs(call.layer, call.name, query, key, bias, scale)
                 observers = [one for one in self._observers if not isinstance(one, LayerObserver) or one.begin_layer(layer)]
-                tiled_value = None if needs_fused or output_unused else value
+                tiled_value = None if needs_own or output_unused else value
                 output = self._compute_tiles(layer, tiled_value, observers) if observers else None
         if output is not None:
             return output
-        if call.discard_output or (output_unused and not needs_fused):
+        if call.discard_output or (output_unused and not needs_own):
             return value  # never used, but of the right shape
-        return call.fused()
+        return call.output()
 
 
 def _cast_and_expand(call: AttentionCall) -> list[Tensor]:
@@ -165,7 +177,7 @@ def check_attention_captured(model: nn.Module, interceptor: AttentionInterceptor
         ...     output = model(torch.ones(1, 4))
         >>> check_attention_captured(model, hooks)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        vit_probe.errors.InputError: Linear was called, but no self-attention went through scaled_dot_product_attention; ...
+        vit_probe.errors.InputError: Linear was called, but no self-attention could be captured; ...
     """
     if interceptor.called and not interceptor.layers:
         raise InputError(_no_attention_message(model, interceptor.skipped))
@@ -181,15 +193,15 @@ def check_attention_captured(model: nn.Module, interceptor: AttentionInterceptor
 _REMEDY = (
     'enable fused attention: model.set_attn_implementation("sdpa") in transformers, or '
     "timm.layers.set_fused_attn(True, experimental=True) before the model is built in timm; if torch.jit traced or scripted a "
-    "module, pass the original one. Attention cannot be captured in a model whose own code computes the softmax, or that was "
-    "recorded as a graph (CUDA graphs)"
+    "module, pass the original one. Attention can be captured if it goes through scaled_dot_product_attention, or through a "
+    "softmax over all pairs of tokens that then multiplies the values unchanged, and was not recorded as a graph (CUDA graphs)"
 )
 
 
 def _no_attention_message(model: nn.Module, skipped: Mapping[str, str]) -> str:
     listed = ", ".join(f"{name or 'the model'} ({reason})" for name, reason in list(skipped.items())[:3])
-    others = f" (other attention did: {listed})" if listed else ""
-    message = f"{type(model).__name__} was called, but no self-attention went through scaled_dot_product_attention{others}; "
+    others = f" (other attention: {listed})" if listed else ""
+    message = f"{type(model).__name__} was called, but no self-attention could be captured{others}; "
     if isinstance(model, nn.DataParallel):
         # Modes and hooks belong to one thread.
         return message + "nn.DataParallel runs its replicas in threads of their own: pass model.module"

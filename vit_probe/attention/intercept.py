@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionCall", "AttentionInterceptor", "ForwardStopped", "evaluation_mode", "intercept_attention"]
+from vit_probe.attention.calls import AttentionCall, UnfusedCall
+from vit_probe.attention.exclusive import exclusive_use, interceptable_kernels
+from vit_probe.attention.projections import unmeasured_attention
+from vit_probe.attention.softmax import SoftmaxProduct, SoftmaxTracker
+
+__all__ = ["AttentionInterceptor", "ForwardStopped", "evaluation_mode", "intercept_attention"]
 
 # Graphs made by torch.export call the operator instead of the Python function.
 _FUSED_ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _MULTI_HEAD_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_NUM_HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads", "nhead", "n_head")
 _NOT_TOKENS = re.compile("pos|rope|rot|freq|mask|bias")  # names of arguments that have the shape of tokens but are none
 
 
@@ -32,45 +36,6 @@ class ForwardStopped(BaseException):
 
     It is a BaseException so that an `except Exception` inside the model does not catch it.
     """
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of `scaled_dot_product_attention` by a self-attention layer.
-
-    Args:
-        layer: Number of the layer.
-        name: Path of the module that made the call.
-        query, key, value: Before grouped heads are repeated and before autocast casts.
-        mask: As passed to the call, broadcastable to its images; or None.
-        dropout_p, is_causal, scale, enable_gqa: As passed to the call.
-        discard_output: Whether the result of the call is not used.
-    """
-
-    layer: int
-    name: str
-    query: Float[Tensor, "image head query dim"]
-    key: Float[Tensor, "image key_head key dim"]
-    value: Float[Tensor, "image key_head key value_dim"]
-    mask: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
-    discard_output: bool
-
-    def fused(self) -> Tensor:
-        """Return the result of `scaled_dot_product_attention` itself."""
-        return F.scaled_dot_product_attention(
-            self.query,
-            self.key,
-            self.value,
-            self.mask,
-            self.dropout_p,
-            self.is_causal,
-            scale=self.scale,
-            enable_gqa=self.enable_gqa,
-        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +56,10 @@ class AttentionInterceptor(TorchFunctionMode):
 
     Attributes:
         layers: Module path of each self-attention layer.
-        skipped: Module paths whose calls were not self-attention, with the reason. Calls from outside the model are ignored.
+        unfused: Module paths of those layers that compute their attention in code of their own, by a softmax.
+        skipped: Module paths of other attention, with the reason: calls that were not self-attention and, after the context of
+            `intercept_attention`, modules with projections of queries, keys and values that made no call. Calls from outside
+            the model are ignored.
         stop_after: If set, the forward pass ends (with `ForwardStopped`) after this layer's call was handled.
         called: Whether the model, or a part of it, was called.
     """
@@ -99,6 +67,7 @@ class AttentionInterceptor(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.layers: list[str] = []
+        self.unfused: list[str] = []
         self.skipped: dict[str, str] = {}
         self.stop_after: int | None = None
         self.called = False
@@ -106,6 +75,7 @@ class AttentionInterceptor(TorchFunctionMode):
         self._call_counts: Counter[str] = Counter()
         # A function mode does not learn which module makes a call: hooks keep the modules that are running, innermost last.
         self._stack: list[_Frame] = []
+        self._softmaxes = SoftmaxTracker()
         self._attention_types: set[type[nn.Module]] = set()
         self._modules_without_calls: dict[str, nn.Module] = {}
         self._modules_with_calls: set[str] = set()
@@ -123,9 +93,14 @@ class AttentionInterceptor(TorchFunctionMode):
         """Return what the model gets as the result of a self-attention call."""
         raise NotImplementedError
 
-    def handle_other_attention(self, query: Tensor, value: Tensor, fused: Callable[[], Tensor]) -> Tensor:
-        """Return what the model gets as the result of any other call: by default, that of the fused attention."""
-        return fused()
+    def handle_other_attention(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what the model gets as the result of any other attention: by default, what the untouched call computes."""
+        return compute()
+
+    def note_unmeasured(self, model: nn.Module) -> None:
+        """Add to `skipped` the modules of `model` that hold projections of queries, keys and values but made no call."""
+        seen = {*self.layers, *self.skipped}
+        self.skipped |= unmeasured_attention(model, seen, self._modules_with_calls | self._modules_without_calls.keys())
 
     def handle_weights(self, intercepted: tuple[Tensor, Any], unfused: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         """Return what `nn.MultiheadAttention` returns if it was asked for weights: by default, its own unfused result."""
@@ -145,18 +120,27 @@ class AttentionInterceptor(TorchFunctionMode):
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Note that the forward pass of a module has ended; `output` is None if it raised an exception."""
-        if self._stack:
-            self._stack.pop()
+        # Not simply the last frame: where a user's pre-hook raises, this hook is called though `before_forward` was not.
+        depth = next((depth for depth in reversed(range(len(self._stack))) if self._stack[depth].module is module), None)
+        if depth is not None:
+            del self._stack[depth:]
         if output is not None and name not in self._modules_with_calls:
             self._modules_without_calls[name] = module
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._stack and func in _FUSED_ATTENTION:
+        if not self._stack:
+            return func(*args, **kwargs)
+        if func in _FUSED_ATTENTION:
             return self._dispatch(*args, **kwargs)
-        if self._stack and func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward:
             return self._dispatch_multi_head(_MULTI_HEAD_SIGNATURE.bind(*args, **kwargs).arguments)
-        return func(*args, **kwargs)
+        product = None if kwargs else self._softmaxes.product(func, args)
+        if product is not None:
+            return self._dispatch_product(product)
+        result = func(*args, **kwargs)
+        self._softmaxes.follow(func, args, kwargs, result, self._stack)
+        return result
 
     def _dispatch_multi_head(self, arguments: dict[str, Any]) -> Any:
         """Stand in for `multi_head_attention_forward`, the function behind `nn.MultiheadAttention`."""
@@ -196,33 +180,75 @@ class AttentionInterceptor(TorchFunctionMode):
         discard_output: bool = False,
     ) -> Tensor:
         """Stand in for `scaled_dot_product_attention`."""
-        self._modules_with_calls.update(frame.name for frame in self._stack)
         frame = self._stack[-1]
         q, k, v, mask = query, key, value, attn_mask
-        heads = getattr(frame.module, "num_heads", None)
-        folded = query.ndim == 3 and isinstance(heads, int) and query.shape[0] % heads == 0
-        if folded:  # images and heads share the first dimension
+        heads = _num_heads(frame, query.shape)
+        if heads:  # images and heads share the first dimension
             q, k, v = (tensor.unflatten(0, (-1, heads)) for tensor in (q, k, v))
             if mask is not None and mask.ndim == 3 and mask.shape[0] == query.shape[0]:
                 mask = mask.unflatten(0, (-1, heads))
-        reason = _not_self_attention(q, k, _has_two_sequences(frame) if is_cross is None else is_cross)
+        is_cross = _has_two_sequences(frame) if is_cross is None else is_cross
+        reason = _not_self_attention(frame, (*q.shape[:-1], k.shape[-2]), v, is_cross)
         if reason:
-            self.skipped.setdefault(frame.name, reason)
             options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
             fused = partial(F.scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, **options)
-            return self.handle_other_attention(query, value, fused)
+            return self._skip(frame, reason, fused)
+        layer = self._number_layer(frame)
+        output = self._show(
+            frame, AttentionCall(layer, frame.name, q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, discard_output)
+        )
+        return output.flatten(0, 1) if heads else output
+
+    def _dispatch_product(self, product: SoftmaxProduct) -> Tensor:
+        """Stand in for the product of a softmax and values."""
+        # The softmax, the product or both may be modules of their own (nn.Softmax): the attention is what holds the two.
+        around = [frame for frame, other in zip(self._stack, product.modules, strict=False) if frame is other]
+        if not around:  # the weights come from elsewhere
+            return product.compute(product.weights)
+        frame, scores = around[-1], product.scores
+        if product.weights.ndim == 4 and scores.numel() == product.weights.numel():
+            scores = scores.reshape(product.weights.shape)
+        elif heads := _num_heads(frame, scores.shape):
+            scores = scores.unflatten(0, (-1, heads))
+        reason = _not_self_attention(frame, scores.shape, product.values, _has_two_sequences(frame))
+        if reason:
+            return self._skip(frame, reason, partial(product.compute, product.weights))
+        if frame.name not in self.unfused:
+            self.unfused.append(frame.name)
+        no_vectors = scores.new_empty(*scores.shape[:3], 0)
+        call = UnfusedCall(
+            self._number_layer(frame),
+            frame.name,
+            *(no_vectors, no_vectors, no_vectors),
+            mask=scores,
+            scale=1.0,
+            product=product.compute,
+            weights=product.weights,
+            values=product.values,
+            to_tokens=product.to_tokens,
+        )
+        return self._show(frame, call)
+
+    def _show(self, frame: _Frame, call: AttentionCall) -> Tensor:
+        """Return what the model gets as the result of a self-attention call."""
+        self._modules_with_calls.update(frame.name for frame in self._stack)
         self._attention_types.add(type(frame.module))
-        layer = self._number_layer(frame.name)
-        call = AttentionCall(layer, frame.name, q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, discard_output)
         output = self.handle_self_attention(call)
-        if layer == self.stop_after:
+        if call.layer == self.stop_after:
             self._stack.clear()  # no hook pops the frames after a BaseException
             raise ForwardStopped
-        return output.flatten(0, 1) if folded else output
+        return output
 
-    def _number_layer(self, name: str) -> int:
+    def _skip(self, frame: _Frame, reason: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what the model gets as the result of other attention."""
+        self._modules_with_calls.update(frame.name for frame in self._stack)
+        self.skipped.setdefault(frame.name, reason)
+        return self.handle_other_attention(compute)
+
+    def _number_layer(self, frame: _Frame) -> int:
         """Return the number of the layer: one per module and per call of that module within a call of the whole model."""
         # Where parts of the model are called, nothing marks the start of a pass: each call of a module counts as its first.
+        name = frame.name
         call = self._call_counts[name] if self._stack[0].name == "" else 0
         self._call_counts[name] += 1
         if (name, call) not in self._layer_numbers:
@@ -237,49 +263,80 @@ def intercept_attention(model: nn.Module, interceptor: AttentionInterceptor) -> 
 
     All hooks and settings are undone at the end, also after an exception. Compiled parts of the model run uncompiled inside
     the context, since calls within a compiled graph cannot be intercepted.
+
+    Raises:
+        InputError: If another thread is measuring the model.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # set_stance imports the compiler, which takes seconds; if it was not imported before, nothing is compiled.
-    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     handles = []
-    try:
-        for name, module in model.named_modules():
-            before, after = partial(interceptor.before_forward, name), partial(interceptor.after_forward, name)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        # The fast path of nn.MultiheadAttention is a single kernel that never calls scaled_dot_product_attention.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with uncompiled, interceptor:
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for handle in handles:
-            handle.remove()
+    with exclusive_use(model):
+        try:
+            for name, module in model.named_modules():
+                before, after = partial(interceptor.before_forward, name), partial(interceptor.after_forward, name)
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            with interceptable_kernels(), interceptor:
+                yield
+            if interceptor.called and interceptor.stop_after is None:
+                interceptor.note_unmeasured(model)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without gradients, inside the context; then restore the mode of every module."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    """Put the model into evaluation mode, without gradients, inside the context; then restore the mode of every module.
+
+    Raises:
+        InputError: If another thread is measuring the model.
+    """
+    with exclusive_use(model):
+        training = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
 
 
-def _not_self_attention(query: Tensor, key: Tensor, is_cross: bool) -> str | None:
-    """Return why a call is not that of a self-attention layer; None if it is."""
-    if query.ndim == 3:
-        return f"queries of shape {tuple(query.shape)}, whose heads cannot be separated from the images"
-    if query.ndim != 4:
-        return f"queries of shape {tuple(query.shape)}: a separate dimension for windows is not supported"
-    queries, keys = query.shape[-2], key.shape[-2]
+def _not_self_attention(frame: _Frame, shape: Sequence[int], value: Tensor, is_cross: bool) -> str | None:
+    """Return why attention weights of this shape are not those of a self-attention layer over tokens; None if they are."""
+    if len(shape) == 3:
+        return f"attention of shape {tuple(shape)}, whose heads cannot be separated from the images"
+    if len(shape) != 4:
+        return f"attention of shape {tuple(shape)}: a separate dimension for windows is not supported"
+    images, heads, queries, keys = shape
     if queries != keys:
         return f"{queries} {'query' if queries == 1 else 'queries'} for {keys} {'key' if keys == 1 else 'keys'}"
+    if _is_over_channels(frame, images, heads, queries, value):
+        return "attention between channels, not between tokens"
     return "the queries come from one sequence, the keys from another" if is_cross else None
+
+
+def _is_over_channels(frame: _Frame, images: int, heads: int, queries: int, value: Tensor) -> bool:
+    """Return whether the channels of a module's input attend to each other, as in XCiT and DaViT, and its tokens do not.
+
+    The queries of all heads are then as many as the channels, and each value has one entry per token.
+    """
+    x = frame.args[0] if frame.args and isinstance(frame.args[0], Tensor) else value
+    if x.ndim < 3 or len(x) != images or x.shape[1:3] == (heads, queries):  # the last: heads are separated already
+        return False
+    channels, length = heads * queries, value.numel() // (images * heads * queries)
+    is_width = channels == x.shape[-1] or (x.ndim == 4 and channels == x.shape[1])
+    return is_width and x.numel() == images * channels * length and length != queries
+
+
+def _num_heads(frame: _Frame, shape: Sequence[int]) -> int | None:
+    """Return the number of heads if images and heads share the first of three dimensions; None if not or if it is unknown."""
+    if len(shape) != 3:
+        return None
+    named = (getattr(frame.module, name, None) for name in _NUM_HEADS)
+    heads = next((heads for heads in named if isinstance(heads, int) and heads > 0), None)
+    if heads is None and frame.args and isinstance(frame.args[0], Tensor) and frame.args[0].shape[0] == shape[0]:
+        return 1  # as many maps as images
+    return heads if heads is not None and shape[0] % heads == 0 else None
 
 
 def _has_two_sequences(frame: _Frame) -> bool:

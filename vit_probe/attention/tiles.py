@@ -60,7 +60,8 @@ class AttentionInputs:
     Args:
         layer: As in `AttentionTile`.
         name: As in `AttentionTile`.
-        query, key: As the layer's kernel receives them, with repeated heads where heads share keys.
+        query, key: As the layer's kernel receives them, with repeated heads where heads share keys. Where the model computes
+            the softmax in code of its own they are unknown, and of width 0: the bias holds the scores.
         bias: Added to the scaled products; None if there is none.
         scale: Factor of the products.
     """

@@ -13,20 +13,25 @@ from torch import nn
 
 from vit_probe.checkpoints import google_npz, huggingface, timm, torchvision
 from vit_probe.checkpoints.checkpoint import Checkpoint
-from vit_probe.checkpoints.files import TENSOR_SUFFIXES, WEIGHT_FILES, read_arrays, read_folder, read_json, read_tensors
+from vit_probe.checkpoints.files import WEIGHT_FILES, file_format, read_arrays, read_folder, read_json, read_tensors
 from vit_probe.checkpoints.hub import PREFIXES, fetch
+from vit_probe.checkpoints.import_library import one_line
 from vit_probe.checkpoints.libraries import open_clip as open_clip_models
 from vit_probe.checkpoints.libraries import reject_overrides
 from vit_probe.checkpoints.libraries import timm as timm_models
 from vit_probe.checkpoints.libraries import torchvision as torchvision_models
 from vit_probe.checkpoints.libraries import transformers as transformers_models
+from vit_probe.checkpoints.names import suggest_source
 from vit_probe.checkpoints.own import read_own, save_model
+from vit_probe.checkpoints.sizes import check_depth
+from vit_probe.checkpoints.state_dicts import find_state
 from vit_probe.errors import InputError, UnsupportedArchitecture
 from vit_probe.models.config import check_fields
 
 __all__ = ["Checkpoint", "load_model", "save_model"]
 
 _DEMO = Path(__file__).parent.parent / "demo" / "model.safetensors"
+_MAX_NAME = 200  # characters of a name in an error message
 _NAMES = "demo, hf:ORG/NAME, timm:NAME, torchvision:NAME or open_clip:ARCH/TAG"
 
 
@@ -42,11 +47,15 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
             - `demo`: the small model bundled with the package (described in `vit_probe/demo/README.md`);
             - a `.npz` file in Google's layout (vision_transformer, plain or hybrid; big_vision);
             - a `.safetensors` file written by `save_model`;
-            - a `.safetensors`, `.pt` or `.pth` file with the parameter names of timm, transformers, torchvision or this
-              package, of an architecture that `VisionTransformer` covers. Pickled code is never run;
+            - a file of safetensors or of `torch.save` (`.pt`, `.pth`, `.bin`, `.ckpt`, ...) with the parameter names of timm,
+              transformers, torchvision or this package, of an architecture that `VisionTransformer` covers. It may be a
+              checkpoint as training leaves it: what precedes the parameters' names is stripped, heads, decoders and optimisers
+              beside the model are left out, and of several models in one file, the teacher, target or moving average is taken,
+              with a warning. What shapes do not tell (heads, activation, epsilon, pooling) is taken from the names of the file
+              and its folder if they are timm's, and else assumed, with a warning. Pickled code is never run;
             - a folder with `config.json` and weights, as transformers or timm writes it. ViT, MAE, DeiT, DINOv2 and DINOv2
               with registers become `VisionTransformer`; others are loaded by the library (CLIP, SigLIP, DINOv3, BEiT, EVA,
-              Swin, SAM; of a model with two towers, the image tower);
+              Swin, SAM, Depth Anything; of a model that takes text as well, the image tower);
             - `hf:ORG/NAME` or `timm:NAME`: such a folder on the Hugging Face hub, downloaded unless it is cached;
             - `torchvision:NAME` or `torchvision:NAME.WEIGHTS` (`torchvision:vit_b_16.IMAGENET1K_SWAG_E2E_V1`): a classifier
               of torchvision; its `vit_` models become `VisionTransformer`;
@@ -72,7 +81,41 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
         >>> load_model("demo", num_classes=0).head
         Identity()
     """
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(
+            f"load_model takes a path or one of {_NAMES}; got a {type(name_or_path).__name__} (a model in memory needs no "
+            "loading)"
+        )
     check_fields(overrides)
+    with _input_errors(_printable(str(name_or_path))):
+        return _load(name_or_path, overrides)
+
+
+@contextmanager
+def _input_errors(name: str) -> Iterator[None]:
+    """Turn whatever the content of a checkpoint makes its readers raise into an InputError.
+
+    Wrong types, sizes and nesting in metadata and configurations surface as nearly any exception, wherever they are used first.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{name[:_MAX_NAME]} cannot be read ({error.strerror or type(error).__name__})") from error
+    except Exception as error:
+        raise InputError(
+            f"{name[:_MAX_NAME]} cannot be loaded; it may be damaged, or its parts contradict each other "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def _printable(name: str) -> str:
+    """Escape what is not UTF-8, as names of files need not be: results and figures show the model's name."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _load(name_or_path: str | Path, overrides: Mapping[str, Any]) -> nn.Module:
     name = str(name_or_path)
     source, _, rest = name.partition(":")
     if source == "torchvision":
@@ -86,7 +129,7 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
         model = _read_file(_DEMO, overrides).build()
     else:
         path = Path(name).expanduser()
-        model, name = _load_path(path, overrides), path.resolve().name
+        model, name = _load_path(path, overrides), _printable(path.resolve().name)
     model.name = name  # type: ignore[assignment]
     return model
 
@@ -94,8 +137,10 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
 def _load_path(path: Path, overrides: Mapping[str, Any]) -> nn.Module:
     if path.is_dir():
         return _load_folder(path, overrides, display_name=str(path))
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint file or folder {path}; pass an existing path, or one of {_NAMES}")
+    if not path.exists():
+        meant = suggest_source(str(path))
+        advice = f"did you mean {meant}?" if meant else f"pass an existing path, or one of {_NAMES}"
+        raise InputError(f"there is no checkpoint file or folder {path}; {advice}")
     if path.name in WEIGHT_FILES and (path.parent / "config.json").is_file():
         # The configuration beside the weights states what their shapes do not, such as the preprocessing.
         return _load_folder(path.parent, overrides, display_name=str(path.parent))
@@ -103,19 +148,15 @@ def _load_path(path: Path, overrides: Mapping[str, Any]) -> nn.Module:
 
 
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
-    if path.suffix == ".npz":
+    kind = file_format(path)
+    if kind == "npz":
         return google_npz.from_arrays(read_arrays(path), overrides)
-    if path.suffix not in TENSOR_SUFFIXES:
-        raise InputError(
-            f"{path} has no known checkpoint format; pass a file that ends in .npz, {', '.join(TENSOR_SUFFIXES)}, or a folder "
-            "with config.json"
-        )
-    if path.suffix == ".safetensors" and (own := read_own(path)) is not None:
+    if kind == "safetensors" and (own := read_own(path)) is not None:
         return replace(own, config=replace(own.config, **overrides))
     state = read_tensors(path)
     for layout in (huggingface, torchvision, timm):
         if layout.matches(state):
-            return layout.from_state_dict(state, overrides)
+            return layout.from_state_dict(state, overrides, name=f"{path.absolute().parent.name}/{path.name}")
     raise InputError(
         f"{path} is not a Vision Transformer with the parameter names of timm, transformers, torchvision or this package; its "
         f"first parameters are {', '.join(list(state)[:3])}"
@@ -129,6 +170,11 @@ def _load_folder(folder: Path, overrides: Mapping[str, Any], *, display_name: st
     config = read_json(folder / "config.json")
     if not isinstance(config.get("architecture", config.get("model_type")), str):
         raise InputError(f"{folder / 'config.json'} has neither a model_type, as transformers writes, nor timm's architecture")
+    if config.get("quantization_config"):
+        raise InputError(
+            f"the weights of {display_name} are quantised (config.json has a quantization_config); load the original weights, "
+            "or load the folder in transformers, call the model's dequantize(), and pass the model itself"
+        )
     library = "timm" if "architecture" in config else "transformers"
     try:
         with _warnings_on_success():
@@ -138,6 +184,7 @@ def _load_folder(folder: Path, overrides: Mapping[str, Any], *, display_name: st
     reject_overrides(
         overrides, f"{display_name} is loaded by {library}, because VisionTransformer does not cover it ({unsupported})"
     )
+    check_depth(config, len(read_folder(folder)))
     load_folder = timm_models.load_folder if library == "timm" else transformers_models.load_folder
     try:
         return load_folder(folder, config)
@@ -149,14 +196,14 @@ def _load_folder(folder: Path, overrides: Mapping[str, Any], *, display_name: st
 
 def _read_folder(folder: Path, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     if "architecture" in config:
-        return timm.from_state_dict(read_folder(folder), overrides, config)
+        return timm.from_state_dict(find_state(read_folder(folder), folder), overrides, config)
     if config["model_type"] not in huggingface.MODEL_TYPES:
         raise UnsupportedArchitecture(
             f"its model_type is {config['model_type']!r}; supported are {', '.join(huggingface.MODEL_TYPES)}"
         )
     file = folder / "preprocessor_config.json"
     processor = read_json(file) if file.is_file() else None
-    return huggingface.from_state_dict(read_folder(folder), overrides, config, processor)
+    return huggingface.from_state_dict(find_state(read_folder(folder), folder), overrides, config, processor)
 
 
 @contextmanager

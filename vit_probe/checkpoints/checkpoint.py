@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from vit_probe.models.vit import VisionTransformer
 __all__ = ["Checkpoint", "assume_imagenet_preprocessing", "check_finite"]
 
 _MAX_LISTED = 20  # parameter names in an error message
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ class Checkpoint:
 
         Raises:
             UnsupportedArchitecture: If parameters are missing, unexpected or wrongly shaped.
-            InputError: If parameters are not finite.
+            InputError: If parameters are not ordinary floating-point numbers, or not finite.
         """
         config, state = self.config, self.state
+        units = config.depth + (sum(config.stem.layers) if config.stem else 0)
+        if units > len(state):  # before modules are built for all of them
+            raise UnsupportedArchitecture(f"{units} layers are configured, but the checkpoint holds {len(state)} parameters")
         if config.num_classes == 0:
             state = {name: value for name, value in state.items() if not name.startswith("head")}
         with torch.device("meta"):  # its own initial values are never needed, so none are drawn
@@ -65,12 +69,31 @@ class Checkpoint:
         if any(names for _, names in problems):
             listed = "; ".join(f"{problem}: {_listed(names)}" for problem, names in problems if names)
             raise UnsupportedArchitecture(f"the checkpoint does not fit the model it describes; {listed}")
+        _check_floating_point(state)
         check_finite(state.items())
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
         model.preprocessing = self.preprocessing
         if self.preprocessing is None and config.in_channels == 3:
             model.preprocessing = assume_imagenet_preprocessing(as_pair(config.image_size, "image_size"))
         return model.eval()
+
+
+def _check_floating_point(state: Mapping[str, Tensor]) -> None:
+    """Check that the parameters are plain floating-point numbers, which need no more than a cast to become float32.
+
+    Integers and 8-bit floats are quantised numbers, whose scales are stored elsewhere: a cast would change the model silently.
+
+    Raises:
+        InputError: If some are not.
+    """
+    kinds = {name: str(value.dtype) if value.dtype not in _DTYPES else value.device.type for name, value in state.items()}
+    kinds |= {name: str(value.layout) for name, value in state.items() if value.layout is not torch.strided}
+    others = [f"{name} ({kind.removeprefix('torch.')})" for name, kind in kinds.items() if kind != "cpu"]
+    if others:
+        raise InputError(
+            f"parameters must be dense floating-point numbers of 16 to 64 bits, but the checkpoint holds {_listed(others)}; "
+            "dequantise the model, or save the weights that it was converted from"
+        )
 
 
 def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:

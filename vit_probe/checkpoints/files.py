@@ -8,26 +8,80 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vit_probe.checkpoints.pickles import load_pickle
+from vit_probe.checkpoints.state_dicts import find_state
 from vit_probe.errors import InputError
 
-__all__ = ["TENSOR_SUFFIXES", "WEIGHT_FILES", "read_arrays", "read_folder", "read_json", "read_tensors"]
+__all__ = ["TENSOR_SUFFIXES", "WEIGHT_FILES", "file_format", "read_arrays", "read_folder", "read_json", "read_tensors"]
+
+Format = Literal["npz", "safetensors", "pickle"]
 
 TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names that transformers and timm give to the weights in a folder, the preferred one first; `.index.json` is appended for the
 list of shards."""
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "teacher")  # keys of training checkpoints; DINO keeps the teacher
-_PREFIXES = ("module.", "backbone.")  # of nn.DataParallel; of DINO, beside its projection head
+_SUFFIXES: dict[str, Format] = {
+    ".npz": "npz", ".safetensors": "safetensors", ".pt": "pickle", ".pth": "pickle", ".bin": "pickle"
+}  # fmt: skip
+_FOREIGN = (
+    (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes; save the model's weights with PyTorch, or pass Google's .npz"),
+    (rb"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; pass the original weights"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]", "an ONNX or TensorFlow model; pass the PyTorch weights that it was exported from"),
+    (rb".{4}TFL3", "a TensorFlow Lite model; pass the original weights"),
+    (rb"version https://git-lfs", "a pointer of Git LFS instead of the file itself; fetch it with `git lfs pull`"),
+    (rb"\s*<(!doctype|html|\?xml)", "a web page, perhaps the error page of a failed download; download the file again"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd", "compressed; decompress it first"),
+    (rb".{257}ustar", "a tar archive; unpack it first, and pass the file or folder in it"),
+)
+_FOREIGN_ARCHIVES = (
+    (r"(.*/)?code/", "a TorchScript archive, which holds a program; load it with torch.jit.load and save its state_dict()"),
+    (r"(.*/)?\.data/extern_modules", "a torch.package archive, which holds a program; save the model's state_dict() instead"),
+    (r"(metadata|config)\.json$", "a Keras archive; save the model's weights with PyTorch"),
+)
+
+
+def file_format(path: Path) -> Format:
+    """Tell a checkpoint's format from its content, or from its name if the content is damaged.
+
+    Raises:
+        InputError: If there is no such file, it is no regular file, or it has another format (the message says which).
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}" if not path.exists() else f"{path} is not a regular file")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[8:9] == b"{":  # after the length of the header, whose first byte may be any, a pickle's included
+        return "safetensors"
+    if start[:1] == b"\x80":
+        return "pickle"
+    for pattern, kind in _FOREIGN:
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise InputError(f"{path} is {kind}")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        for foreign, kind in _FOREIGN_ARCHIVES:
+            if any(re.match(foreign, name) for name in names):
+                raise InputError(f"{path} is {kind}")
+        if any(name.endswith("data.pkl") for name in names):
+            return "pickle"
+        if any(name.endswith(".npy") for name in names):
+            return "npz"
+    suffix = _SUFFIXES.get(path.suffix)
+    if suffix is None:
+        raise InputError(
+            f"{path} has no known checkpoint format; pass a file that ends in {', '.join(_SUFFIXES)}, or a folder with "
+            "config.json"
+        )
+    return suffix
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -40,43 +94,41 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is not an .npz archive, or it is truncated")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise InputError(f"{path} is damaged and cannot be read ({error})") from None
     except ValueError as error:
         raise InputError(f"{path} holds something other than plain arrays, which is never loaded ({error})") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{path} holds something other than arrays: {name}")
+    return arrays
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the parameters in a `.safetensors`, `.pt`, `.pth` or `.bin` file, onto the CPU.
-
-    Training checkpoints are unwrapped: the parameters may be stored under `model`, `state_dict`, `model_state_dict` or
-    `teacher`, and their names may begin with `module.` or `backbone.` (only those with the prefix are then returned).
+    """Read a model's parameters from a safetensors or PyTorch file, onto the CPU; see `find_state` for training checkpoints.
 
     Raises:
         InputError: If the file is missing, truncated or damaged, can only be read by running code, or holds no parameters.
     """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    return _unwrap(_load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path), path)
+    return find_state(_read_content(path), path)
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Read the parameters of a folder as transformers and timm write it: in one file, or in shards listed by an index.
+def read_folder(folder: Path) -> Any:
+    """Read the weights of a folder as transformers and timm write it: in one file, or in shards listed by an index.
 
     Raises:
-        InputError: If the folder holds no weights, or a shard is missing.
+        InputError: If the folder holds no weights, or a shard is missing or lies outside the folder.
     """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return read_tensors(folder / name)
+            return _read_content(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing or not shards:
-                raise InputError(f"{index} lists {', '.join(missing) or 'no files'}, not found in {folder}")
-            return {name: tensor for shard in shards for name, tensor in read_tensors(folder / shard).items()}
+            shards: dict[str, Any] = {}
+            for shard in _shards(index):
+                shards |= _read_content(folder / shard)
+            return shards
     raise InputError(f"the folder {folder} holds no weights; expected {' or '.join(WEIGHT_FILES)}, in one file or in shards")
 
 
@@ -90,11 +142,36 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__} instead of an object")
     return content
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists."""
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, Mapping) else []
+    # An index comes from the same source as the weights: it may name files beside it, and no others.
+    if not names or not all(
+        isinstance(name, str) and name == re.split(r"[/\\]", name)[-1] not in ("", ".", "..") for name in names
+    ):
+        raise InputError(f"{index} must map parameters to names of files in its own folder (weight_map)")
+    missing = [name for name in sorted(set(names)) if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(f"{index} lists {', '.join(missing[:10])}, not found in {index.parent}")
+    return sorted(set(names))
+
+
+def _read_content(path: Path) -> Any:
+    match file_format(path):
+        case "npz":
+            raise InputError(f"{path} is an .npz archive of NumPy arrays, which is read only as a model in Google's layout")
+        case "safetensors":
+            return _load_safetensors(path)
+        case "pickle":
+            return load_pickle(path)
 
 
 def _load_safetensors(path: Path) -> Any:
@@ -102,38 +179,3 @@ def _load_safetensors(path: Path) -> Any:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a complete safetensors file ({error})") from None
-
-
-def _load_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        # torch names the class or function that the file would call.
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden is None and "Unsupported" not in str(error):
-            raise InputError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
-        raise InputError(
-            f"{path} cannot be read without running pickled code{f' ({forbidden[1]})' if forbidden else ''}, which is never "
-            "done because it could do anything; save only the model's state_dict(), preferably as .safetensors"
-        ) from None
-    except Exception as error:  # arbitrary bytes make the unpickler raise almost anything: KeyError, EOFError, RuntimeError
-        first_sentence = str(error).partition("\n")[0].partition(". ")[0]
-        raise InputError(
-            f"{path} is not a PyTorch checkpoint, or it is truncated ({first_sentence or type(error).__name__})"
-        ) from None
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Find the state dict inside a training checkpoint, and strip the prefixes of its names."""
-    while isinstance(content, Mapping):  # wrappers can be nested
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no named parameters; save the model's state_dict()")
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return state

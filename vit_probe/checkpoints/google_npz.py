@@ -84,7 +84,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray], overrides: Mapping[str, Any]) 
         known["num_heads"] = query.shape[1]
     tensors = {_count_from_zero(name): _to_tensor(name, array) for name, array in arrays.items()}
     state = concatenate_parameters(rename_parameters(tensors, _NAMES), ("query", "key", "value"), "qkv")
-    config = config_from_shapes(state, known | dict(overrides))
+    config = config_from_shapes(state, known | dict(overrides), certain=("activation", "norm_eps", "pooling"))
     size = as_pair(config.image_size, "image_size")
     half = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing.imagenet(size, mean=half, std=half, interpolation="bilinear")
@@ -97,6 +97,8 @@ def _unstack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if name.startswith("Transformer/encoderblock/"):
             tail = name.removeprefix("Transformer/encoderblock/")
+            if len(array) > array[0].size:  # a layer has at least as many channels as there are layers in any model
+                raise InputError(f"the array {name} of the .npz file holds {len(array)} layers of {array[0].size} numbers")
             unstacked |= {f"Transformer/encoderblock_{layer}/{tail}": array[layer] for layer in range(len(array))}
         else:
             unstacked[name] = array

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vit_probe.checkpoints.architectures import fields_from_name
 from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.image_processors import preprocessing_from_processor
 from vit_probe.checkpoints.renaming import concatenate_parameters, rename_parameters
@@ -42,12 +43,20 @@ _NAMES = (
     (r"^distillation_classifier\.", "head_dist."),
 )
 _IGNORED = rf"({_PREFIX})?(embeddings\.mask_token$|pooler\.)|decoder\."
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}  # fmt: skip
 _FIELDS = {
     "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_channels",
     "hidden_size": "embed_dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "num_heads",
+    "qkv_bias": "qkv_bias",
+    "mlp_ratio": "mlp_ratio",
+    "num_register_tokens": "num_registers",
     "layer_norm_eps": "norm_eps",
 }
 
@@ -62,6 +71,8 @@ def from_state_dict(
     overrides: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
+    *,
+    name: str = "",
 ) -> Checkpoint:
     """Convert a state dict to a `Checkpoint`, using `config.json` and `preprocessor_config.json` if they are there.
 
@@ -73,6 +84,7 @@ def from_state_dict(
         overrides: Fields of `ViTConfig` given by the user.
         config: Content of `config.json`; its `model_type` must be one of `MODEL_TYPES`.
         processor: Content of `preprocessor_config.json`.
+        name: Without `config`, the names of the folder and of the file (`FOLDER/FILE`), which may tell the activation.
 
     Raises:
         UnsupportedArchitecture: If the model has parts that `VisionTransformer` does not have, or its shapes do not determine
@@ -85,31 +97,36 @@ def from_state_dict(
     registers = "reg_token" in renamed
     known: dict[str, Any] = {
         "position_resampling": "bicubic-antialias" if registers else "bicubic",
-        "norm_eps": 1e-6 if dinov2 else 1e-12,
         "position_prefix": 1 if registers else None,  # the class token alone has a position
     }
     if "head_dist.weight" not in renamed and "dist_token" in renamed:
         known["pooling"] = "token"
     if config is None:
-        return Checkpoint(config_from_shapes(renamed, known | dict(overrides)), renamed, None)
-    known |= _fields_from_config(config)
-    vit_config = config_from_shapes(renamed, known | dict(overrides))
+        known |= fields_from_name(name) | dict(overrides)
+        usual = {"norm_eps": 1e-6 if dinov2 else 1e-12}
+        return Checkpoint(config_from_shapes(renamed, known, usual=usual, certain=("pooling",)), renamed, None)
+    known |= _fields_from_config(config) | dict(overrides)
+    vit_config = config_from_shapes(renamed, known, certain=("pooling",))
     preprocessing = preprocessing_from_processor(str(config["model_type"]), vit_config, processor)
     return Checkpoint(vit_config, renamed, preprocessing)
 
 
 def _fields_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert `config.json` to fields of `ViTConfig`."""
-    known = {field: config[key] for key, field in _FIELDS.items() if config.get(key) is not None}
-    if isinstance(known.get("image_size"), list):
-        known["image_size"] = tuple(known["image_size"])
-    activation = config.get("hidden_act", "gelu")
+    """Convert `config.json` to fields of `ViTConfig`, with transformers' own values for what it leaves out.
+
+    Fields that the shapes tell as well are converted too, so that a configuration that contradicts its weights is noticed.
+    """
+    known: dict[str, Any] = {"num_heads": 12, "norm_eps": 1e-6 if "dinov2" in config["model_type"] else 1e-12}
+    known |= {field: config[key] for key, field in _FIELDS.items() if config.get(key) is not None}
+    known |= {field: tuple(value) for field, value in known.items() if isinstance(value, list)}
     if config.get("use_swiglu_ffn"):
-        known["activation"] = "swiglu"
-    elif activation in _ACTIVATIONS:
-        known["activation"] = _ACTIVATIONS[activation]
-    else:
+        known.pop("mlp_ratio", None)  # transformers rounds the hidden width
+        return known | {"activation": "swiglu"}
+    if "intermediate_size" in config and "embed_dim" in known:
+        known["mlp_ratio"] = config["intermediate_size"] / known["embed_dim"]
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
         raise UnsupportedArchitecture(
-            f"config.json names the activation {activation!r}; VisionTransformer supports {', '.join(_ACTIVATIONS)} and swiglu"
+            f"config.json names the activation {activation!r}; VisionTransformer supports {', '.join(_ACTIVATIONS)}"
         )
-    return known
+    return known | {"activation": _ACTIVATIONS[activation]}

@@ -79,7 +79,9 @@ def read_own(path: Path) -> Checkpoint | None:
     check_fields(config)
     if config["stem"] is not None:
         config["stem"] = ResNetConfig(**_with_tuples(config["stem"]))
-    return Checkpoint(ViTConfig(**config), state, Preprocessing(**_with_tuples(preprocessing)) if preprocessing else None)
+    return Checkpoint(
+        ViTConfig(**config), state, None if preprocessing is None else Preprocessing(**_with_tuples(preprocessing))
+    )
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

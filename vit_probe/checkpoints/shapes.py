@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import isqrt
 from typing import Any
 
@@ -13,25 +13,36 @@ from torch import Tensor
 from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 from vit_probe.models.config import ResNetConfig, ViTConfig, as_pair
 
-__all__ = ["config_from_shapes"]
+__all__ = ["NOT_IN_SHAPES", "config_from_shapes"]
 
 # Published models of each width: ViT and DeiT, CLIP, SigLIP, DINOv2 and timm's own sizes.
 _NUM_HEADS_BY_WIDTH = {
     192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 832: 13, 896: 14,
     1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16,
 }  # fmt: skip
+NOT_IN_SHAPES = ("num_heads", "activation", "norm_eps", "pooling")
+"""Fields of `ViTConfig` that the shapes of parameters do not determine."""
 
 
-def config_from_shapes(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> ViTConfig:
+def config_from_shapes(
+    state: Mapping[str, Tensor],
+    known: Mapping[str, Any],
+    *,
+    usual: Mapping[str, Any] | None = None,
+    certain: Container[str] = (),
+) -> ViTConfig:
     """Determine the configuration of parameters under this package's names.
 
     What shapes do not determine is taken from `known`, or else is as in most published models: GELU, an epsilon of 1e-6
     (1e-5 if there is CLIP's `norm_pre`), the usual number of heads for the width, and pooling of the class token if there is
-    one. A position table with a square number of patches is assumed to be a square grid.
+    one. A warning says what was assumed in this way. A position table with a square number of patches is assumed to be a
+    square grid.
 
     Args:
         state: Parameters by name.
         known: Fields of `ViTConfig` known from elsewhere; they take precedence over the shapes.
+        usual: Fields in which models of this source usually differ from most published models.
+        certain: Fields whose usual value is no assumption, because the source has no other.
 
     Raises:
         UnsupportedArchitecture: If parameters that every `VisionTransformer` has are missing or of another kind, or if the
@@ -69,9 +80,11 @@ def config_from_shapes(state: Mapping[str, Tensor], known: Mapping[str, Any]) ->
         "norm_pooled": "fc_norm.weight" in state,
         "stem": stem,
     }
-    config |= known
+    config |= dict(usual or {}) | dict(known)
     if "num_heads" not in config:
-        config["num_heads"] = _num_heads(state, width)
+        config["num_heads"] = _num_heads(state, width, gated=gated)
+    stated = {*known, "num_heads"} if config["qk_norm"] else {*known}
+    _warn_of_assumptions(config, [field for field in NOT_IN_SHAPES if field not in stated and field not in certain])
     return ViTConfig(**(config | _positions(state, config)))
 
 
@@ -80,13 +93,19 @@ def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]
         raise UnsupportedArchitecture(f"the checkpoint is incomplete: it holds no parameter {name}")
     shape = tuple(state[name].shape)
     if len(shape) != ndim:
-        raise UnsupportedArchitecture(f"{name} should have {ndim} axes, but in the checkpoint it has the shape {shape}")
+        raise UnsupportedArchitecture(
+            f"{name} should have {ndim} axes, but in the checkpoint it has the shape {shape}"
+            + (", as in a model of videos" if len(shape) == 5 else "")
+        )
     return shape
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Return one more than the largest index in the names that match `pattern`; 0 if none does."""
-    return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
+    count = 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
+    if count > len(state):
+        raise UnsupportedArchitecture(f"the parameters are numbered up to {count - 1}, but there are only {len(state)}")
+    return count
 
 
 def _resnet(state: Mapping[str, Tensor]) -> ResNetConfig | None:
@@ -106,22 +125,43 @@ def _pooling(state: Mapping[str, Tensor], width: int) -> str:
     return "avg" if "cls_token" not in state or "fc_norm.weight" in state else "token"
 
 
-def _num_heads(state: Mapping[str, Tensor], width: int) -> int:
+def _num_heads(state: Mapping[str, Tensor], width: int, *, gated: bool) -> int:
     if "blocks.0.attn.q_norm.weight" in state:
-        return width // _shape(state, "blocks.0.attn.q_norm.weight", 1)[0]
+        (head_dim,) = _shape(state, "blocks.0.attn.q_norm.weight", 1)
+        if head_dim == width:
+            raise UnsupportedArchitecture(
+                "queries and keys are normalised over all heads at once, which VisionTransformer does not support (if the "
+                "model has a single head, pass num_heads=1 to load_model)"
+            )
+        return width // head_dim
     if width not in _NUM_HEADS_BY_WIDTH:
         raise UnsupportedArchitecture(
             "the checkpoint does not say how many attention heads a layer has, and no published model has its width of "
             f"{width}; pass num_heads= to load_model (save_model keeps it)"
         )
-    num_heads = _NUM_HEADS_BY_WIDTH[width]
+    # Two published models are 1536 wide: DINOv2's giant, with SwiGLU and 24 heads, and SigLIP's, with GELU and 16.
+    return 16 if width == 1536 and not gated else _NUM_HEADS_BY_WIDTH[width]
+
+
+def _warn_of_assumptions(config: Mapping[str, Any], assumed: list[str]) -> None:
+    """Warn that these fields have their usual values, because nothing states them."""
+    if not assumed:
+        return
+    heads = f"how many attention heads a layer has; {config['num_heads']} are assumed, as in published models of width "
+    others = [f"{field}={config[field]!r}" for field in assumed if field != "num_heads"]
+    if "activation" in assumed:
+        others.append("layer norms before the branches")
+    if "num_heads" in assumed:
+        said = f"{heads}{config['embed_dim']}{', with ' if others else ''}"
+    else:
+        said = "how its layers compute; assumed are "
+    arguments = ", ".join(f"{field}=" for field in assumed)
     warnings.warn(
-        f"the checkpoint does not say how many attention heads a layer has; {num_heads} are assumed, as in published models of "
-        f"width {width} (from Python, pass num_heads= to load_model; save_model keeps it)",
+        f"the checkpoint does not say {said}{', '.join(others)} (if that is wrong: from Python, pass {arguments} to "
+        "load_model; save_model keeps them)",
         AssumptionWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return num_heads
 
 
 def _positions(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:

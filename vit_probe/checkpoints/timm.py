@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 from torch import Tensor
 
+from vit_probe.checkpoints.architectures import fields_from_name, is_published, trained_with_quick_gelu
 from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.renaming import rename_parameters
-from vit_probe.checkpoints.shapes import config_from_shapes
+from vit_probe.checkpoints.shapes import NOT_IN_SHAPES, config_from_shapes
 from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
-from vit_probe.errors import InputError, UnsupportedArchitecture
+from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 
 __all__ = ["from_state_dict", "matches", "preprocessing_from_config"]
 
@@ -26,19 +27,17 @@ _NAMES = (
 )
 _MASK_TOKEN = r"mask_token$"
 
-# Fields that follow from an architecture's name but not from its parameters.
-_FIELDS_BY_ARCHITECTURE: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"clip", {"norm_eps": 1e-5}),
-    (r"quickgelu", {"activation": "quick_gelu"}),
-    (r"^vit_base_patch16_gap_", {"num_heads": 16}),
-    (r"^test_vit2?$", {"num_heads": 2}),
-)
-# Architectures whose parameters would fit, but which compute something else with them.
-_UNSUPPORTED = (
-    (r"_rpn_", "layer norms after the residual branches"),
-    (r"giantopt|so400m_patch16_siglip|large_patch16_siglip(_gap)?_512|patch32_siglip", "the tanh approximation of GELU"),
-)
 _POOLING = {"token": "token", "avg": "avg"}
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+# Arguments of timm's model that are read here, that shapes determine, or that change nothing in evaluation.
+_KNOWN_ARGUMENTS = {
+    "num_heads", "act_layer", "img_size", "global_pool",
+    "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "qk_norm", "proj_bias",
+    "init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm", "scale_attn_norm",
+    "scale_mlp_norm",
+    "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "weight_init",
+    "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size",
+}  # fmt: skip
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
@@ -47,7 +46,7 @@ def matches(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_state_dict(
-    state: Mapping[str, Tensor], overrides: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    state: Mapping[str, Tensor], overrides: Mapping[str, Any], config: Mapping[str, Any] | None = None, *, name: str = ""
 ) -> Checkpoint:
     """Convert a state dict to a `Checkpoint`, using timm's `config.json` if there is one.
 
@@ -57,7 +56,8 @@ def from_state_dict(
     Args:
         state: Parameters under timm's names.
         overrides: Fields of `ViTConfig` given by the user. `num_classes=0` leaves out the head and the hidden layer before it.
-        config: Content of `config.json` in timm's hub layout: `architecture`, `global_pool`, `pretrained_cfg`.
+        config: Content of `config.json` in timm's hub layout: `architecture`, `global_pool`, `model_args`, `pretrained_cfg`.
+        name: Without `config`, the names of the folder and of the file (`FOLDER/FILE`), which may tell the architecture.
 
     Raises:
         UnsupportedArchitecture: If the model has parts that `VisionTransformer` does not have, or its shapes do not determine
@@ -75,11 +75,25 @@ def from_state_dict(
             "the checkpoint has a hidden layer before the head (pre_logits), which VisionTransformer does not support; "
             "pass num_classes=0 to load the model without its head"
         )
-    if config is not None:
-        known |= _fields_from_config(config, renamed)
-    checkpoint = Checkpoint(config_from_shapes(renamed, known | dict(overrides)), renamed, None)
+    if _norms_follow_branches(state):
+        raise UnsupportedArchitecture(
+            "the file lists each block's norm1 after its attention, as it is for models whose layer norms follow the residual "
+            "branches, which VisionTransformer does not support; build the model with the code that trained it, and pass it "
+            "itself instead of the file"
+        )
+    clip = "norm_pre.weight" in renamed
     if config is None:
-        return checkpoint
+        known |= fields_from_name(name) | dict(overrides)
+        # Neither an architecture's name nor a CLIP's parameters say for sure with which GELU it was trained.
+        certain = [field for field in NOT_IN_SHAPES if is_published(name) and not (clip and field == "activation")]
+        usual = {"activation": "quick_gelu"} if clip and trained_with_quick_gelu(name) else {}
+        return Checkpoint(config_from_shapes(renamed, known, usual=usual, certain=certain), renamed, None)
+    known |= _fields_from_config(config, renamed) | dict(overrides)
+    certain = list(NOT_IN_SHAPES) if is_published(str(config["architecture"])) else []
+    checkpoint = Checkpoint(config_from_shapes(renamed, known, certain=certain), renamed, None)
+    _check_arguments(config)
+    if clip and "activation" not in known:
+        _warn_of_quick_gelu(config)
     preprocessing = preprocessing_from_config(config.get("pretrained_cfg") or config)
     stride = checkpoint.config.patch_stride
     if preprocessing is not None and any(length % patch for length, patch in zip(preprocessing.size, stride, strict=True)):
@@ -88,22 +102,41 @@ def from_state_dict(
     return replace(checkpoint, preprocessing=preprocessing)
 
 
+def _norms_follow_branches(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the first block was built with its attention before `norm1`, as PyTorch writes parameters in that order.
+
+    An alphabetical order, as in safetensors files, says nothing.
+    """
+    names = [name for name in state if name.startswith("blocks.0.")]
+    first = next((name.split(".")[2] for name in names if name.split(".")[2] in ("norm1", "attn")), None)
+    return first == "attn" and names != sorted(names)
+
+
+def _warn_of_quick_gelu(config: Mapping[str, Any]) -> None:
+    """Warn if timm computes GELU with weights that were trained with QuickGELU."""
+    tag = str((config.get("pretrained_cfg") or {}).get("tag"))
+    if trained_with_quick_gelu(tag):
+        warnings.warn(
+            f"timm's {config['architecture']} computes GELU, as is done here, but its weights {tag!r} were trained with "
+            "QuickGELU (from Python, pass activation='quick_gelu' to load_model, unless they were fine-tuned since)",
+            AssumptionWarning,
+            stacklevel=3,
+        )
+
+
 def _fields_from_config(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that `config.json` states and shapes do not."""
-    architecture = str(config["architecture"]).partition(".")[0]
-    for pattern, feature in _UNSUPPORTED:
-        if re.search(pattern, architecture):
-            raise UnsupportedArchitecture(f"{architecture} has {feature}, which VisionTransformer does not support")
-    known: dict[str, Any] = {}
-    for pattern, fields in _FIELDS_BY_ARCHITECTURE:
-        if re.search(pattern, architecture):
-            known |= fields
+    architecture = str(config["architecture"])
+    known = fields_from_name(architecture)
     arguments = config.get("model_args") or {}
-    if "num_heads" in arguments:
+    if arguments.get("num_heads") is not None:
         known["num_heads"] = arguments["num_heads"]
-    if arguments.get("act_layer") in ("gelu", "quick_gelu"):
+    if arguments.get("act_layer") in _ACTIVATIONS:
         known["activation"] = arguments["act_layer"]
-    pool = config.get("global_pool", "token")
+    size, patch = arguments.get("img_size"), state["patch_embed.proj.weight"].shape[2:]
+    if isinstance(size, list) and not any(length % side for length, side in zip(size, patch, strict=False)):
+        known["image_size"] = tuple(size)  # a position table tells only square ones
+    pool = arguments.get("global_pool", config.get("global_pool", "token"))
     if pool not in _POOLING:
         raise UnsupportedArchitecture(
             f"{architecture} pools its tokens by {pool!r}; VisionTransformer supports {', '.join(_POOLING)}"
@@ -111,6 +144,19 @@ def _fields_from_config(config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     if "global_pool" in config and "dist_token" not in state:
         known["pooling"] = _POOLING[pool]
     return known
+
+
+def _check_arguments(config: Mapping[str, Any]) -> None:
+    """Check that the model is built with no arguments whose effect is not known here."""
+    arguments = config.get("model_args") or {}
+    unknown = sorted(set(arguments) - _KNOWN_ARGUMENTS)
+    if (arguments.get("act_layer") or "gelu") not in _ACTIVATIONS:
+        unknown.append("act_layer")
+    if unknown:
+        listed = ", ".join(f"{name}={arguments[name]!r}" for name in unknown)
+        raise UnsupportedArchitecture(
+            f"{config['architecture']} is built with {listed}, which VisionTransformer does not support"
+        )
 
 
 def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing | None:
@@ -127,6 +173,8 @@ def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing | None
         return None
     crop_ratio = config.get("crop_pct") or 0.875
     scaled = math.floor(height / crop_ratio), math.floor(width / crop_ratio)
+    if mode == "center" and scaled[0] != scaled[1]:
+        return None  # timm then resizes until both sides are covered, which is not always by the shorter one
     return Preprocessing(
         size=(height, width),
         resize=scaled if mode == "squash" else max(scaled),

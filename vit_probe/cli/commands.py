@@ -21,6 +21,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Look inside Vision Transformers: measurements to trust, figures to publish.",
+    epilog=console.EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +33,7 @@ def figures(context: typer.Context, options: RunOptions) -> None:
     processes: ProcessGroup = context.obj
     with processes.barrier():
         formats = setup.file_formats(options.format)
-        run = setup.open_run(processes, options, shows_images=True)
+        run = setup.open_run(context, options, shows_images=True)
         from vit_probe.cli.export import write_figure7, write_result, write_run
         from vit_probe.measures.attention_distance import mean_attention_distance
         from vit_probe.measures.patch_filters import patch_filters
@@ -93,7 +94,7 @@ def _measure_images(one: MeasureFile, context: typer.Context, options: RunOption
         if drawing.get("count", 0) > SHOWN_IMAGES:
             raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {drawing['count']}")
         spec, _ = spec_of(_function(one))
-        run = setup.open_run(processes, options, shows_images=spec.shows_images)
+        run = setup.open_run(context, options, shows_images=spec.shows_images)
         if wrong := [layer for layer in drawing.get("layers") or () if not 0 <= layer < len(run.layers)]:
             raise InputError(f"--layers {wrong[0]}: the model has layers 0 to {len(run.layers) - 1}")
         assert spec.start is not None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,12 @@ from vit_probe.runner.distributed import ProcessGroup
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["complain", "print_table", "progress", "report", "run", "single_command", "unwrapped"]
+__all__ = ["EXIT_CODES", "Interrupted", "complain", "print_table", "progress", "report", "run", "single_command", "unwrapped"]
 
+EXIT_CODES = (
+    "Exit codes: 0 if all went well; 2 if the input cannot be used, a disk is full, or another process of the run has ended; "
+    "130 after Ctrl-C, 143 after SIGTERM; 1 after any other error, which is a bug of vit_probe."
+)
 _USAGE = timedelta(seconds=30)  # to wait for the other processes after a usage error: they may have ended with the same one
 
 
@@ -36,7 +41,7 @@ def complain(sentence: str) -> None:
 def single_command(function: Callable[..., Any]) -> typer.Typer:
     """A program with the arguments of a function, and the docstring of the function's module as its help."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=unwrapped(sys.modules[function.__module__].__doc__ or ""))(function)
+    app.command(help=unwrapped(sys.modules[function.__module__].__doc__ or ""), epilog=EXIT_CODES)(function)
     return app
 
 
@@ -47,7 +52,7 @@ def unwrapped(text: str) -> str:
 
 
 def run(program: typer.Typer | Callable[..., Any]) -> None:
-    """Run a program, in this process or as one of several. An InputError is printed as one sentence, with exit code 2.
+    """Run a program, in this process or as one of several. Errors of the user are printed as one sentence; see `EXIT_CODES`.
 
     Commands find their `ProcessGroup` as `obj` in typer's context.
 
@@ -71,9 +76,11 @@ def _run(app: typer.Typer, processes: ProcessGroup) -> int:
     """The exit code. Of several processes only the first prints, except for an error that another process alone has met."""
     warnings.showwarning = _show_warning
     warnings.simplefilter("always" if processes.is_main else "ignore", AssumptionWarning)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text that it can encode
     name = f"process {processes.rank} of {processes.world_size}"
     try:
-        with _raise_on_sigterm(processes), nullcontext() if processes.is_main else redirect_stdout(StringIO()):
+        with _raise_on_signals(processes), nullcontext() if processes.is_main else redirect_stdout(StringIO()):
             return _invoke(app, processes)
     except SharedInputError as error:
         message, shared = str(error), True
@@ -81,12 +88,10 @@ def _run(app: typer.Typer, processes: ProcessGroup) -> int:
         message, shared = str(error) if processes.world_size == 1 else f"in {name}: {error}", False
     except ProcessExited as error:
         message, shared = f"{error}; the same command with --resume continues from there", False
-    except _Terminated:
+    except Interrupted as interruption:
         if processes.is_main:
-            complain(
-                f"{name} was terminated, as torchrun does when another one has ended; the same command with --resume continues"
-            )
-        return 128 + signal.SIGTERM
+            complain(interruption.sentence if processes.world_size == 1 else f"{name}: {interruption.sentence}")
+        return 128 + interruption.number
     except (Abort, KeyboardInterrupt):
         return 130
     if processes.is_main or not shared:
@@ -114,29 +119,42 @@ def _invoke(app: typer.Typer, processes: ProcessGroup) -> int:
         raise wrong
 
 
-class _Terminated(BaseException):
-    """This process has received SIGTERM."""
+class Interrupted(BaseException):
+    """This process has received SIGINT (Ctrl-C) or SIGTERM. Notes say how to go on."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @property
+    def sentence(self) -> str:
+        """What has happened, and the notes."""
+        # torchrun sends SIGTERM to the other processes when one has ended.
+        happened = "interrupted" if self.number == signal.SIGINT else "terminated by SIGTERM"
+        return "; ".join([happened, *getattr(self, "__notes__", [])])
 
 
 @contextmanager
-def _raise_on_sigterm(processes: ProcessGroup) -> Iterator[None]:
-    """Raise `_Terminated` on SIGTERM, which torchrun sends to the other processes when one has ended.
+def _raise_on_signals(processes: ProcessGroup) -> Iterator[None]:
+    """Raise `Interrupted` on SIGINT and SIGTERM, unless they are ignored.
 
-    While this process waits for another one inside gloo, Python handles the signal only after that wait: the others have to
+    While this process waits for another one inside gloo, Python handles a signal only after that wait: the others have to
     end, too, as they do under torchrun. Only SIGKILL ends a single process at once; its saved state remains.
     """
 
-    def end(*signal_and_frame: object) -> None:
-        raise _Terminated
+    def end(number: int, frame: object) -> None:
+        raise Interrupted(number)
 
-    if processes.world_size == 1:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():  # no other can handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                earlier[number] = signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that remains is to print how it ended
+        for number, handler in earlier.items():
+            # Under torchrun all that remains is to print how it ended.
+            signal.signal(number, handler if processes.world_size == 1 else signal.SIG_IGN)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -150,7 +168,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
@@ -159,6 +177,8 @@ def report(files: Sequence[Path], summary: pd.DataFrame) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, reason in summary.attrs.get("skipped", {}).items():
         console.print(f"not in the table: the attention of {name} ({reason})", markup=False)
+    if unfused := summary.attrs.get("unfused"):
+        console.print(f"seen at a softmax in the model's own code: the attention of {', '.join(unfused)}", markup=False)
     for path in files:
         console.print(str(path), markup=False)
 

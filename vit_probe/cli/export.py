@@ -31,7 +31,7 @@ def write_result(result: Result, draw: Callable[[], Axes], folder: Path, formats
 
 
 def _write_csv(frame: pd.DataFrame, path: Path) -> Path:
-    return write_bytes(path, frame.to_csv(index=False, float_format="%.8g").encode())
+    return write_bytes(path, frame.to_csv(index=False, float_format="%.8g").encode(errors="backslashreplace"))
 
 
 def write_figure7(filters: Any, similarity: Any | None, distance: Result, folder: Path, formats: Sequence[str]) -> list[Path]:

@@ -12,6 +12,8 @@ from vit_probe.cli.options import Format, RunOptions
 from vit_probe.errors import InputError
 
 if TYPE_CHECKING:
+    import typer
+
     from vit_probe.runner.distributed import ProcessGroup
     from vit_probe.runner.protocol import Measure
     from vit_probe.runner.run import AttentionRun
@@ -35,14 +37,23 @@ def file_formats(formats: Sequence[Format] | None) -> list[str]:
 
 def find_photographs(paths: Sequence[Path] | None, limit: int) -> list[Any]:
     """The photographs below some paths; without any, sample photographs."""
-    from vit_probe.data.preprocessing import find_images, sample_photographs
+    from vit_probe.data.image_files import find_images
+    from vit_probe.data.preprocessing import sample_photographs
 
     return list(find_images(paths)[:limit]) if paths else list(sample_photographs(min(limit, 128)))
 
 
-def open_run(processes: ProcessGroup, options: RunOptions, *, shows_images: bool = False) -> AttentionRun:
-    """The pass of the photographs through the model, ready for measures. Paths and options are checked before it is loaded."""
+def open_run(context: typer.Context, options: RunOptions, *, shows_images: bool = False) -> AttentionRun:
+    """The pass of the photographs through the model, ready for measures. Paths and options are checked before it is loaded.
+
+    Until the command ends, the output folder is locked: two runs would overwrite each other's state.
+    """
+    from vit_probe.atomic_io import locked_folder
+
+    processes: ProcessGroup = context.obj
     output_folder(options.out)
+    if processes.is_main:
+        context.with_resource(locked_folder(options.out))
     photographs = find_photographs([*(options.images or ()), *(options.paths or ())], options.limit)
     from vit_probe.checkpoints import load_model
     from vit_probe.measures.base.registry import SHOWN_IMAGES
@@ -77,11 +88,16 @@ def run_measures(run: AttentionRun, options: RunOptions, *measures: Measure) -> 
     processes = run.processes
     with processes.barrier():
         state = state_file(options.out, processes.rank, processes.world_size, resume=options.resume)
-    with console.progress(run.images.count, processes) as advance:
-        run.observe(*measures, progress=advance, state=state)
-    if processes.is_main:
-        for name, reason in run.images.skipped:
-            console.complain(f"note: {name} is left out: {reason}")
-    with processes.barrier():
-        yield
-    state.unlink()
+    try:
+        with console.progress(run.images.count, processes) as advance:
+            run.observe(*measures, progress=advance, state=state)
+        if processes.is_main:
+            for name, reason in run.images.skipped:
+                console.complain(f"note: {name} is left out: {reason}")
+        with processes.barrier():
+            yield
+    except console.Interrupted as interruption:
+        if state.exists():
+            interruption.add_note("the same command with --resume continues from there")
+        raise
+    state.unlink(missing_ok=True)

@@ -28,6 +28,8 @@ class ImageManifest:
         skipped: Name of each skipped image, and why it was skipped.
         skipped_indices: Indices of the skipped images in the whole list.
         pictures: Photographs for display, uint8 (height, width, channel), by index in the whole list.
+        contents: Hashes of what the source gave for the images that were yielded (see `content_digest`), by which a resumed run
+            tells whether they are still the same.
 
     Examples:
         >>> first = ImageManifest(3, names=["a.jpg", "c.jpg"], indices=[0, 2], digests=["1f", "2e"])
@@ -48,22 +50,35 @@ class ImageManifest:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     skipped_indices: list[int] = field(default_factory=list)
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    contents: list[str] = field(default_factory=list)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ImageManifest:
         """Restore a manifest, without its pictures, from its `state`."""
-        return cls(
+        manifest = cls(
             position=state["position"],
             names=list(state["names"]),
             indices=list(state["indices"]),
             digests=list(state["digests"]),
             skipped=[(name, reason) for name, reason in state["skipped"]],
             skipped_indices=list(state["skipped_indices"]),
+            contents=list(state["contents"]),
         )
+        if not len(manifest.names) == len(manifest.indices) == len(manifest.digests) == len(manifest.contents):
+            raise InputError("the state does not hold a name, an index and two hashes of each image")
+        return manifest
 
     def state(self) -> dict[str, Any]:
         """A copy of everything but the pictures, in types that JSON can represent."""
         return {name: copy(value) for name, value in vars(self).items() if name != "pictures"}
+
+    def append(self, index: int, name: str, digest: str, content: str) -> None:
+        """Record an image, with the hashes of its pixels and of what its source gave."""
+        self.position = index + 1
+        self.indices.append(index)
+        self.names.append(name)
+        self.digests.append(digest)
+        self.contents.append(content)
 
     def extend(self, later: ImageManifest) -> None:
         """Append a manifest of later images."""
@@ -74,9 +89,13 @@ class ImageManifest:
         self.skipped += later.skipped
         self.skipped_indices += later.skipped_indices
         self.pictures |= later.pictures
+        self.contents += later.contents
 
     def in_order(self) -> tuple[ImageManifest, list[int]]:
-        """The manifest sorted by index in the whole list, and for each of its images the place where it was before."""
+        """The manifest sorted by index in the whole list, and for each of its images the place where it was before.
+
+        It is that of a complete run, which is not resumed, and therefore has no `contents`.
+        """
         order, skipped_order = _argsort(self.indices), _argsort(self.skipped_indices)
         ordered = ImageManifest(
             position=self.position,

@@ -1,51 +1,34 @@
-"""Finding and reading photographs, and preprocessing them for a model."""
+"""Preprocessing photographs for a model."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from glob import glob, has_magic
-from io import BytesIO
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from vit_probe.data.image_files import upright_rgb
 from vit_probe.errors import InputError
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "READ_ERRORS",
-    "Interpolation",
-    "Preprocessing",
-    "as_triple",
-    "check_image",
-    "decode_image",
-    "decoding",
-    "expand_source",
-    "find_images",
-    "read_image",
-    "sample_photographs",
-]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "CropRounding", "Interpolation", "Preprocessing", "as_triple", "sample_photographs"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for files that it cannot read."""
+CropRounding = Literal["half_to_even", "down"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Pillow registers endings of documents and volumes too (PDF, EPS, HDF5, ...), which a folder of photographs may also hold.
-_PHOTOGRAPH_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Preprocessing of photographs for a model: RGB, resize, centre crop, scale to [0, 1], standardise.
+
+    Photographs are turned upright according to their EXIF orientation, values of 16 bits are scaled to 8, and transparency is
+    ignored, as in timm, torchvision and open_clip; transformers 5 puts transparent images on white.
 
     Args:
         size: Height and width of the result in pixels.
@@ -53,6 +36,8 @@ class Preprocessing:
         mean: Subtracted, per channel.
         std: Divided by, per channel.
         interpolation: Pillow's filter for resizing, antialiased.
+        crop_rounding: How half a pixel of margin above or left of the crop is rounded: `half_to_even` as in torchvision, timm
+            and open_clip, or `down` as in transformers.
 
     Examples:
         >>> from PIL import Image
@@ -69,6 +54,24 @@ class Preprocessing:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: Interpolation = "bicubic"
+    crop_rounding: CropRounding = "half_to_even"
+
+    def __post_init__(self) -> None:
+        resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        lengths = [*self.size, *resize]
+        if not len(self.size) == len(resize) == 2 or not all(isinstance(length, int) for length in lengths):
+            raise InputError(f"size must be (height, width), resize an int or a pair; got {self.size} and {self.resize}")
+        if self.interpolation not in get_args(Interpolation) or not len(self.mean) == len(self.std) == 3:
+            raise InputError(
+                f"mean and std must have three values each, and interpolation be one of {', '.join(get_args(Interpolation))}; "
+                f"got {self.mean}, {self.std} and {self.interpolation!r}"
+            )
+        if min(lengths) < 1:
+            raise InputError(f"size and resize must be at least 1 pixel, got size={self.size} and resize={self.resize}")
+        if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise InputError(f"mean and std must be finite, and std above 0, got mean={self.mean} and std={self.std}")
+        if self.crop_rounding not in get_args(CropRounding):
+            raise InputError(f"crop_rounding must be {' or '.join(get_args(CropRounding))}, got {self.crop_rounding!r}")
 
     @classmethod
     def imagenet(cls, size: tuple[int, int], **options: Any) -> Preprocessing:
@@ -97,138 +100,46 @@ class Preprocessing:
         return torch.from_numpy(pixels)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The part of the photograph that the model sees, as an RGB image of `size` pixels."""
-        image = _upright_rgb(image, "the image")
-        if isinstance(self.resize, int):
-            # In integers, as torchvision computes it: 55 * (224 / 55) in floating point is a pixel short of 224.
-            width, height = (self.resize * length // min(image.size) for length in image.size)
-        else:
-            height, width = self.resize
+        """The part of the photograph that the model sees, as an RGB image of `size` pixels.
+
+        Raises:
+            InputError: If the resized photograph would have more pixels than Pillow decodes by default
+                (`PIL.Image.MAX_IMAGE_PIXELS`), because one of its sides is very much shorter than the other.
+        """
+        image = upright_rgb(image, "the image")
+        width, height = self._resized(image.size)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         rows, cols = self.size
-        # Half a pixel is rounded to even, as torchvision's CenterCrop does.
-        top, left = round((height - rows) / 2), round((width - cols) / 2)
+        top, left = self._margin(height - rows), self._margin(width - cols)
         return image.crop((left, top, left + cols, top + rows))
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height after the resize of a photograph of this width and height."""
+        if isinstance(self.resize, int):
+            # In integers, as torchvision computes it: 55 * (224 / 55) in floating point is a pixel short of 224.
+            width, height = (self.resize * length // min(size) for length in size)
+        else:
+            height, width = self.resize
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and width * height > max(limit, size[0] * size[1]):
+            raise InputError(
+                f"an image of {size[0]} x {size[1]} pixels (width x height) would be resized to {width} x {height}, more than "
+                "Pillow decodes by default; crop it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            )
+        return width, height
+
+    def _margin(self, pixels: int) -> int:
+        """How many of the `pixels` that the crop leaves out, or pads where they are negative, lie above or left of it."""
+        if pixels < 0 or self.crop_rounding == "down":
+            return int(pixels / 2)  # towards 0: all three libraries pad less above and left than below and right
+        return round(pixels / 2)
 
     def denormalize(self, images: Float[Tensor, "batch channel height width"]) -> np.ndarray:
         """Undo the standardisation, for display: uint8 (batch, height, width, channel)."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         pixels = images.detach().float().cpu() * std + mean
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read and decode an image file as RGB, turned upright according to its EXIF orientation.
-
-    Raises:
-        InputError: If the file does not exist, is not an image, or is truncated.
-    """
-    with decoding(str(path)), Image.open(path) as image:
-        return _upright_rgb(image, str(path))
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file as `read_image` does; errors call the image `name`."""
-    with decoding(name), Image.open(BytesIO(data)) as image:
-        return _upright_rgb(image, name)
-
-
-def check_image(path: str | Path) -> None:
-    """Check that an image file is readable, without decoding it where possible.
-
-    Reads the header and, of a PNG file, the checksums. JPEG files have no checksums: a truncated one passes.
-
-    Raises:
-        InputError: As `read_image`.
-    """
-    try:
-        with Image.open(path) as image:
-            valid = image.mode not in ("I", "F")
-            image.verify()
-    except READ_ERRORS:
-        valid = False
-    if not valid:  # Pillow decodes some files that fail `verify`, so only decoding can tell.
-        read_image(path)
-
-
-@contextmanager
-def decoding(name: str) -> Iterator[None]:
-    """Turn Pillow's exceptions for an unreadable image into an InputError that calls the image `name`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"there is no image file {name}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{name} is not a readable image file") from None
-    except Image.DecompressionBombError:
-        raise InputError(
-            f"{name} has more pixels than Pillow decodes by default; downsize it, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from None
-    except READ_ERRORS as error:
-        raise InputError(f"{name} cannot be decoded ({error}); the file may be truncated") from None
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The image as 8-bit RGB, turned upright; 16-bit values are scaled, transparency is ignored."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))  # 65535 / 257 = 255
-    if image.mode in ("I", "F"):
-        raise InputError(f"{name} holds 32-bit values (mode {image.mode}) of unknown range; convert it to 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def find_images(sources: Sequence[str | Path]) -> list[Path]:
-    """List the image files of files, folders and patterns, in the order of `sources`; see `expand_source`.
-
-    Raises:
-        InputError: If a source does not exist, a folder contains no image files, or a pattern matches none.
-
-    Examples:
-        >>> from pathlib import Path
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     for name in ("b.png", "a.jpg", "notes.txt"):
-        ...         (Path(folder) / name).touch()
-        ...     [path.name for path in find_images([folder])], [path.name for path in find_images([f"{folder}/*.png"])]
-        (['a.jpg', 'b.png'], ['b.png'])
-    """
-    paths: list[Path] = []
-    for source in sources:
-        files = expand_source(source)
-        if files == [Path(source)] and not files[0].is_file():
-            raise InputError(f"there is no image file or folder {source}")
-        paths += files
-    return paths
-
-
-def expand_source(source: str | Path) -> list[Path]:
-    """List the image files in a folder and its subfolders, or those that match a pattern such as `photos/**/*.jpg`.
-
-    Image files are recognised by their extensions, sorted by path, and listed without hidden ones. Any other source is
-    returned as a single file, whether it exists or not.
-
-    Raises:
-        InputError: If a folder contains no image files, or a pattern matches none.
-    """
-    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in _PHOTOGRAPH_FORMATS}
-    path = Path(source)
-    if path.is_dir():
-        relative = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in extensions)
-        files = sorted(path / file for file in relative if not any(part.startswith(".") for part in file.parts))
-        if not files:
-            raise InputError(f"the folder {source} contains no image files")
-        return files
-    if has_magic(str(source)) and not path.exists():  # a file may be called [1].jpg
-        matches = map(Path, glob(str(source), recursive=True))
-        files = sorted(file for file in matches if file.suffix.lower() in extensions and file.is_file())
-        if not files:
-            raise InputError(f"the pattern {source} matches no image files")
-        return files
-    return [path]
 
 
 def sample_photographs(count: int = 128) -> list[Image.Image]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from vit_probe.data.preprocessing import READ_ERRORS, expand_source
+from vit_probe.data.image_files import READ_ERRORS, expand_source, printable
 from vit_probe.data.samples import Sample, checked_batch, fingerprint, image_of, is_batch, to_sample, type_and_shape
 from vit_probe.errors import InputError
 
@@ -55,13 +57,22 @@ class IndexedImages:
     def __init__(self, items: Any, first: Any) -> None:
         self.items, self.total, self.first = items, len(items), image_of(first)
 
+    @property
+    def is_list(self) -> bool:
+        """Whether the images are a list of files, photographs or tensors, which costs little to go through once more."""
+        return isinstance(self.items, list | tuple)
+
     def samples(self, shard: Shard) -> Iterator[Sample]:
         """Yield the images of a shard; no others are read."""
-        for index in shard.indices(self.total):
+        return self.samples_at(shard.indices(self.total))
+
+    def samples_at(self, indices: Iterable[int]) -> Iterator[Sample]:
+        """Yield the images with these indices in the whole list."""
+        for index in indices:
             try:
                 item = self.items[index]
             except READ_ERRORS as error:
-                failure = InputError(f"{type(self.items).__name__} cannot read its image {index} ({error})")
+                failure = InputError(f"{type(self.items).__name__} cannot read its image {index} ({_reason(error)})")
                 failure.__cause__ = error
                 yield Sample(index, f"image {index}", failure)
             else:
@@ -69,13 +80,13 @@ class IndexedImages:
 
     def files(self, shard: Shard) -> Iterator[str | Path]:
         """Yield the files of a shard, which can be checked before they are decoded."""
-        if isinstance(self.items, list | tuple):
+        if self.is_list:
             shard_items = (self.items[index] for index in shard.indices(self.total))
             yield from (item for item in shard_items if isinstance(item, str | Path))
 
     def identity(self) -> str:
         """See `ImageStream.identity`."""
-        if isinstance(self.items, list | tuple):
+        if self.is_list:
             return _hash(chain.from_iterable(fingerprint(item) for item in self.items))
         return _hash([type(self.items).__name__, self.total, *type_and_shape(self.first)])
 
@@ -153,8 +164,8 @@ def open_source(images: Any, batch_size: int) -> Source:
     """
     if isinstance(images, str | Path):
         files = expand_source(images)
-        if files == [Path(images)] and not files[0].is_file():
-            raise InputError(f"there is no image file or folder {images}")
+        if files == [Path(images)] and not os.path.lexists(images):
+            raise InputError(f"there is no image file or folder {printable(images)}")
         return IndexedImages(files, files[0])
     if isinstance(images, Image.Image):
         return IndexedImages([images], images)
@@ -175,7 +186,7 @@ def open_source(images: Any, batch_size: int) -> Source:
         raise InputError(
             f"images must be a tensor, photographs, paths, a dataset or an iterable of batches, got {type(images).__name__}"
         )
-    items = iter(images)
+    items = _in_order(images)
     first = _first(items)
     if isinstance(first, str | Path):
         return _photographs([first, *items])
@@ -191,7 +202,20 @@ def _has_random_access(images: Any) -> bool:
 
 def _in_order(items: Any) -> Iterator[Any]:
     # By index where possible: map-style datasets of torch define no __iter__, and need not raise IndexError at their end.
-    return (items[index] for index in range(len(items))) if _has_random_access(items) else iter(items)
+    return (items[index] for index in range(len(items))) if _has_random_access(items) else _collated(items)
+
+
+def _collated(items: Iterable[Any]) -> Iterator[Any]:
+    """The items of an iterable, with a sentence where a `DataLoader` cannot put its dataset's images into batches."""
+    try:
+        yield from items
+    except (RuntimeError, TypeError) as error:
+        reason = re.search(r"default_collate: .*|stack expects each tensor .*", str(error))
+        if reason is None:
+            raise
+        raise InputError(
+            f"the images cannot be put into batches ({reason[0]}); pass the dataset itself, or images of one size as tensors"
+        ) from error
 
 
 def _first(items: Iterator[Any]) -> Any:
@@ -207,7 +231,8 @@ def _first_readable(items: Any) -> Any:
         try:
             return items[index]
         except READ_ERRORS as error:
-            failure = InputError(f"{type(items).__name__} cannot read any of its {len(items)} images; the last: {error}")
+            reason = _reason(error)
+            failure = InputError(f"{type(items).__name__} cannot read any of its {len(items)} images; the last: {reason}")
     raise failure
 
 
@@ -221,9 +246,13 @@ def _photographs(items: Iterable[Any]) -> IndexedImages:
     return IndexedImages(photographs, photographs[0])
 
 
+def _reason(error: Exception) -> str:
+    return printable(str(error) or type(error).__name__)
+
+
 def _hash(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
-        data = value if isinstance(value, bytes) else str(value).encode()
+        data = value if isinstance(value, bytes) else str(value).encode(errors="backslashreplace")
         digest.update(f"{len(data)}:".encode() + data)  # with lengths, so that (ab, c) and (a, bc) differ
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,10 +17,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vit_probe.data.image_files import check_image, decode_image, decoding, read_image
 from vit_probe.data.manifest import ImageManifest
 from vit_probe.data.prefetch import parallel_map, prefetch
-from vit_probe.data.preprocessing import Preprocessing, check_image, decode_image, decoding, read_image
-from vit_probe.data.samples import Sample
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.data.samples import Sample, content_digest, is_finite
 from vit_probe.data.sources import BatchedImages, IndexedImages, Shard, open_source
 from vit_probe.errors import InputError
 
@@ -40,6 +40,8 @@ The first entry of a tuple is taken as the image, as in a labelled dataset; of a
 `pixel_values`."""
 
 _PREFETCHED_BATCHES = 2
+_START_AGAIN = "pass the images that the run was started with, or omit --resume to start again"
+_CHECKED_ITEMS = 32  # of a dataset whose items may be costly to read, when a run is resumed
 
 
 class ImageStream:
@@ -61,6 +63,7 @@ class ImageStream:
 
     Attributes:
         image_size: Height and width in pixels of the images that the model sees.
+        num_channels: Number of their channels.
         count: Number of images that an iteration goes through after `start` and `shard`, unreadable ones included; None if
             unknown.
         manifest: Record of the last iteration so far.
@@ -71,7 +74,8 @@ class ImageStream:
 
     Raises:
         InputError: If the images are of no supported kind, there are none, or, with `stop`, a file is missing or its header
-            or checksum shows that it is not readable. What only decoding shows is raised when the image is reached.
+            or checksum shows that it is not readable. What only decoding shows, and tensors that hold NaN or infinite values,
+            are raised when the image is reached.
 
     Examples:
         >>> from vit_probe import sample_photographs
@@ -101,6 +105,7 @@ class ImageStream:
         self._shard = Shard(start, *shard)
         self._keep = keep
         self._resume_state: Mapping[str, Any] | None = None
+        self._measured: dict[int, str] = {}  # hash by index of the images before a resumed state that were not yet checked
         self.manifest = ImageManifest(position=start)
         self._source = open_source(images, batch_size)
         total, first = self._source.total, self._source.first
@@ -108,14 +113,14 @@ class ImageStream:
             raise InputError(f"start is {start}, but there are only {total} images")
         self.count = None if total is None else len(self._shard.indices(total))
         if isinstance(first, Tensor):
-            height, width = first.shape[-2:]
+            self.num_channels, height, width = first.shape[-3:]
             self.image_size = (height, width)
         elif preprocessing is None:
             raise InputError(
                 "this model does not define how photographs are preprocessed; pass preprocessing=Preprocessing(...), or tensors"
             )
         else:
-            self.image_size = preprocessing.size
+            self.num_channels, self.image_size = len(preprocessing.mean), preprocessing.size
         if on_error == "stop" and isinstance(self._source, IndexedImages):
             # A missing or broken file is better reported now than hours into a run.
             for _ in parallel_map(check_image, self._source.files(self._shard)):
@@ -124,8 +129,9 @@ class ImageStream:
     def identity(self) -> str:
         """A hash that identifies the whole list of images, computed without decoding any.
 
-        It covers paths as given and file sizes; the values of tensors and of photographs in memory; and, of datasets and
-        iterables, their class, their length if they have one, and type and shape of the first image.
+        It covers names and sizes of files; the values of tensors and of photographs in memory; and, of datasets and iterables,
+        their class, their length if they have one, and type and shape of the first image. Images whose content was replaced
+        by another of the same size are noticed later, by `resume`.
         """
         return self._identity
 
@@ -137,19 +143,26 @@ class ImageStream:
         """Yield the batches; an iterator, such as a generator, can be used for one iteration only."""
         state, self._resume_state = self._resume_state, None
         self.manifest = ImageManifest(position=self._shard.start) if state is None else ImageManifest.from_state(state)
-        if state is not None:
+        self._measured = dict(zip(self.manifest.indices, self.manifest.contents, strict=True))
+        if state is not None and isinstance(self._source, IndexedImages):
+            step = 1 if self._source.is_list else -(-len(self.indices) // _CHECKED_ITEMS) or 1
+            for _ in parallel_map(self._check_unchanged, self._source.samples_at(self.indices[::step])):
+                pass
+            self._measured = {}
             self._restore_pictures()
         with closing(
             self._given_batches() if isinstance(self._source, BatchedImages) else self._prefetched_batches()
         ) as batches:
             for images, manifest in batches:
                 missing = max(self._keep - len(self.names), 0)
-                if self.preprocessing is not None and images is not None and missing:
+                if self.preprocessing is not None and images is not None and images.shape[1] == 3 and missing:
                     pictures = self.preprocessing.denormalize(images[:missing])
                     manifest.pictures = dict(zip(manifest.indices, pictures, strict=False))
                 self.manifest.extend(manifest)
                 if images is not None:
                     yield images
+        if self._measured:
+            raise InputError(f"there are fewer images than before the interruption; {_START_AGAIN}")
         if self._shard == Shard():  # the images of one shard may all be unreadable as long as another shard has some
             self.manifest.check_not_all_skipped()
 
@@ -186,7 +199,12 @@ class ImageStream:
         return self.manifest.state()
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Make the next iteration continue from the `state` of a stream of the same images, and include its record."""
+        """Make the next iteration continue from the `state` of a stream of the same images, and include its record.
+
+        That iteration first compares hashes of the images before the state, and raises InputError unless they are those that
+        the state's record is of: of all files, photographs and tensors in a list, of everything that comes as an iterable,
+        which is read up to there in any case, and of up to 32 evenly spaced items of a dataset.
+        """
         self._resume_state = state
 
     def merge(self, manifests: Sequence[ImageManifest]) -> list[int]:
@@ -212,33 +230,65 @@ class ImageStream:
 
     def _restore_pictures(self) -> None:
         """Prepare once more the photographs that are kept for display and that came before the resumed state."""
-        if self.preprocessing is None or not isinstance(self._source, IndexedImages):
+        assert isinstance(self._source, IndexedImages)
+        if self.preprocessing is None:
             return
-        missing = set(self.indices[: self._keep])
-        for sample in self._source.samples(self._shard):
-            if sample.index > max(missing, default=-1):
-                break
-            if sample.index in missing and (image := self._prepare(sample).image) is not None:
+        for sample in self._source.samples_at(self.indices[: self._keep]):
+            if (image := self._prepare(sample).image) is not None:
                 (self.manifest.pictures[sample.index],) = self.preprocessing.denormalize(image[None])
+
+    def _check_unchanged(self, sample: Sample) -> None:
+        """Raise InputError unless the image is the one that was measured before the interruption, or was skipped then."""
+        measured = self._measured.pop(sample.index, None)
+        if measured is None:
+            return
+        if isinstance(sample.item, InputError):
+            raise sample.item
+        if content_digest(sample.item) != measured:
+            raise InputError(f"{sample.name} has changed since it was measured before the interruption; {_START_AGAIN}")
 
     def _given_batches(self) -> Generator[_Batch, None, None]:
         """Batches that were given as such."""
         assert isinstance(self._source, BatchedImages)
-        for indices, images in self._source.batches(replace(self._shard, start=self.position)):
-            self._check_size(images)
-            digests = [hashlib.sha256(_raw_bytes(image)).hexdigest() for image in images]
-            yield _Batch(
-                images, ImageManifest(indices[-1] + 1, [f"image {index}" for index in indices], list(indices), digests)
-            )
+        start = self.position
+        for indices, images in self._source.batches(self._shard):
+            samples = [Sample(index, f"image {index}", image) for index, image in zip(indices, images, strict=True)]
+            for sample in samples:
+                if sample.index < start:
+                    self._check_unchanged(sample)
+            left = [sample for sample in samples if sample.index >= start]
+            if not left:
+                continue
+            images = images[-len(left) :]
+            self._check_shape(images[0])
+            manifest = ImageManifest()
+            for sample, image in zip(left, images, strict=True):
+                if not is_finite(image):
+                    raise InputError(f"{sample.name} holds NaN or infinite values")
+                digest = content_digest(image)
+                manifest.append(sample.index, sample.name, digest, digest)
+            yield _Batch(images, manifest)
 
     def _prefetched_batches(self) -> Generator[_Batch, None, None]:
         """Batches of single images, prepared ahead of their use."""
         assert not isinstance(self._source, BatchedImages)
         stopped = Event()
-        samples = self._source.samples(replace(self._shard, start=self.position))
+        samples = self._samples_from(self.position)
         # Checked for each image, so that leaving the iteration early does not wait for the rest of a batch.
         samples = takewhile(lambda _: not stopped.is_set(), samples)
         return prefetch(self._collect_batches(parallel_map(self._prepare, samples)), _PREFETCHED_BATCHES, stopped)
+
+    def _samples_from(self, start: int) -> Iterator[Sample]:
+        """The images from index `start` on. An iterable is read up to there, and those images are compared with the state."""
+        if isinstance(self._source, IndexedImages):
+            yield from self._source.samples(replace(self._shard, start=start))
+            return
+        assert not isinstance(self._source, BatchedImages)
+        for sample in self._source.samples(self._shard):
+            if sample.index < start:
+                self._check_unchanged(sample)
+            else:
+                yield sample
 
     def _prepare(self, sample: Sample) -> _PreparedImage:
         """Read, decode, hash and preprocess one image, in a worker thread."""
@@ -246,54 +296,62 @@ class ImageStream:
         try:
             if isinstance(item, InputError):
                 raise item
+            content = content_digest(item)
             if isinstance(item, Tensor):
-                return _PreparedImage(sample, item, hashlib.sha256(_raw_bytes(item)).hexdigest())
+                return _PreparedImage(sample, item, content, content)
             if not isinstance(item, Image.Image):
                 item = decode_image(item, sample.name) if isinstance(item, bytes) else read_image(item)
-            assert self.preprocessing is not None
-            with decoding(sample.name):
-                return _PreparedImage(sample, self.preprocessing(item), hashlib.sha256(item.tobytes()).hexdigest())
+            return _PreparedImage(sample, self._preprocess(item, sample.name), content_digest(item), content)
         except InputError as error:
             if self.on_error == "stop":
                 raise
             return _PreparedImage(sample, reason=str(error))
 
+    def _preprocess(self, photograph: Image.Image, name: str) -> Tensor:
+        assert self.preprocessing is not None
+        with decoding(name):
+            try:
+                return self.preprocessing(photograph)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+
     def _collect_batches(self, prepared: Generator[_PreparedImage, None, None]) -> Generator[_Batch, None, None]:
         manifest, images = ImageManifest(), list[Tensor]()
         with closing(prepared):
             for one in prepared:
-                manifest.position = one.sample.index + 1
                 if one.image is None:
+                    manifest.position = one.sample.index + 1
                     manifest.skipped.append((one.sample.name, one.reason))
                     manifest.skipped_indices.append(one.sample.index)
                     continue
-                self._check_size(one.image)
+                self._check_shape(one.image)
                 images.append(one.image)
-                manifest.names.append(one.sample.name)
-                manifest.indices.append(one.sample.index)
-                manifest.digests.append(one.digest)
+                manifest.append(one.sample.index, one.sample.name, one.digest, one.content)
                 if len(images) == self.batch_size:
                     yield _Batch(_stack(images), manifest)
                     manifest, images = ImageManifest(), []
         if images or manifest.skipped:
             yield _Batch(_stack(images) if images else None, manifest)
 
-    def _check_size(self, images: Tensor) -> None:
-        height, width = images.shape[-2:]
+    def _check_shape(self, image: Tensor) -> None:
+        channels, height, width = image.shape
         if (height, width) != self.image_size:
             raise InputError(
                 f"all images must have the same size, got {height} x {width} pixels after "
                 f"{self.image_size[0]} x {self.image_size[1]}; resize them, or measure one size at a time"
             )
+        if channels != self.num_channels:
+            raise InputError(f"all images must have the same channels, got {channels} after {self.num_channels}")
 
 
 @dataclass
 class _PreparedImage:
-    """A preprocessed image with the hash of its pixels, or why it was skipped."""
+    """A preprocessed image with the hashes of its pixels and of what the source gave, or why it was skipped."""
 
     sample: Sample
     image: Tensor | None = None
     digest: str = ""
+    content: str = ""
     reason: str = ""
 
 
@@ -302,10 +360,6 @@ class _Batch(NamedTuple):
 
     images: Tensor | None
     manifest: ImageManifest
-
-
-def _raw_bytes(images: Tensor) -> Any:
-    return images.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _stack(images: list[Tensor]) -> Float[Tensor, "batch channel height width"]:

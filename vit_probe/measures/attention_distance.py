@@ -23,13 +23,14 @@ def mean_attention_distance(dx: Tensor, dy: Tensor) -> Tensor:
 
     For layer l and head h: the mean over images and query patches i of sum_j a_ij ||x_i - x_j||, x the patch centres in pixels
     of the model's input. The distance of a patch to itself is 0 and counts. Prefix tokens are not queries. What becomes of
-    attention paid to them the paper leaves open; see `prefix`. A head that pays patches no attention at all (a mass that rounds
-    to 0) counts as distance 0 for that query. In a layer that attends within windows (SAM, Swin) j runs over the window of i;
-    tokens that pad a window are treated like prefix tokens.
+    attention paid to them the paper leaves open; see `prefix`. A query whose attention on patches rounds to 0 has no distance
+    and is left out. In a layer that attends within windows (SAM, Swin) j runs over the window of i. Tokens that pad a window
+    are treated like prefix tokens, and so are tokens behind the patches.
 
     Returns:
-        A `HeadResult`: `distance` (pixels) with its spread over images, `patch_mass` (the share of attention on patches), and
-        `uniform_distance`, the distance of a head that attends equally to all patches.
+        A `HeadResult`: `distance` (pixels) with its spread over images, `patch_mass` (the share of attention on patches),
+        `excluded` (the share of queries left out; in the table if there are any), and `uniform_distance`, the distance of a
+        head that attends equally to all patches.
 
     Raises:
         InputError: If an option is unknown, the images cannot be used, the grid does not fit the attention, or no attention is

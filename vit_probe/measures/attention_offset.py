@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -80,7 +79,8 @@ def attention_offset(attention: PatchAttention) -> dict[str, Tensor | QuerySum]:
 
     Returns:
         An `AttentionOffsetResult`: `dx` and `dy` (pixels; right and down are positive) with their spread over images,
-        `aligned`, and `length`, the length of the mean offset.
+        `aligned`, and `length`, the length of the mean offset. Queries whose weights on patches round to 0 are left out;
+        `excluded` is their share.
 
     Raises:
         InputError: If the images cannot be used, the grid does not fit the attention, or no attention is seen.
@@ -90,15 +90,16 @@ def attention_offset(attention: PatchAttention) -> dict[str, Tensor | QuerySum]:
         section 4 (aligned aggregated attention maps).
 
     Examples:
+        >>> import torch
         >>> from vit_probe import attention_offset, load_model
         >>> result = attention_offset(load_model("demo"), torch.zeros(1, 3, 64, 64))
         >>> result.dx.shape, result.aligned.shape
         ((9, 6), (9, 6, 15, 15))
     """
-    weights = attention.to_patches
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    weights, has_mass = attention.renormalized, attention.has_patch_mass
     return {
-        "dx": (weights * attention.dx).sum(dim=-1),
-        "dy": (weights * attention.dy).sum(dim=-1),
-        "aligned": attention.align(weights),
+        "dx": attention.sum_where((weights * attention.dx).sum(dim=-1), has_mass),
+        "dy": attention.sum_where((weights * attention.dy).sum(dim=-1), has_mass),
+        "aligned": attention.align(weights, has_mass),
+        "excluded": 1 - has_mass.to(weights),
     }

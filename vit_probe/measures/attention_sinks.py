@@ -23,7 +23,7 @@ def attention_sinks(received: ReceivedAttention) -> dict[str, Tensor]:
 
     Returns:
         A `HeadResult`: `top_patch`, the share of the most attended patch, with its spread over images; `prefix_0`, `prefix_1`,
-        ... of each prefix token, the class token first where there is one; `uniform_top_patch`, the share of any token under
+        ... of each prefix token, in their order; `uniform_top_patch`, the share of any token under
         uniform attention.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vit_probe.attention.tiles import TILE_BYTES, AttentionInputs, AttentionTile, TiledAttention
@@ -41,9 +41,9 @@ class ClassAttentionResult(Result):
     """
 
     measure: str = "class_attention"
-    maps: np.ndarray
-    images: np.ndarray | None
-    names: list[str]
+    maps: Float[np.ndarray, "image head row col"]
+    images: UInt8[np.ndarray, "shown height width channel"] | None
+    names: Annotated[list[str], "image"]
     layer: int
     module: str
 
@@ -184,7 +184,8 @@ class ClassAttention(PerImageMaps):
                 f"class_attention needs attention over all patches, but {len(windows)} layers of this model (the first is "
                 f"layer {min(windows)}) attend within windows or over merged patches; use mean_attention_distance"
             )
-        if not grid.has_cls_token:
+        class_token = grid.find_class_token()
+        if class_token is None:
             raise InputError(
                 "this model has no class token whose attention could be shown; attention_rollout takes the mean over the "
                 "patches' queries where there is none"
@@ -193,6 +194,7 @@ class ClassAttention(PerImageMaps):
             raise InputError(f"layer is {layer}, but this model has layers 0 to {len(layers) - 1} (or -{len(layers)} to -1)")
         self.layer = layer % len(layers)
         self.module = layers[self.layer]
+        self._query = slice(class_token, class_token + 1)
         self._compute = TiledAttention(TILE_BYTES)
         self._rows: list[Tensor] = []  # of the current batch, (image, head, key), one per group of images
 
@@ -203,8 +205,8 @@ class ClassAttention(PerImageMaps):
     def begin_layer(self, inputs: AttentionInputs) -> bool:
         """Compute the class token's row from its queries alone, and return False: no tiles are needed."""
         if inputs.layer == self.layer:
-            bias = None if inputs.bias is None else inputs.bias[:, :, :1]
-            self._compute(replace(inputs, query=inputs.query[:, :, :1], bias=bias), None, [self])
+            bias = None if inputs.bias is None else inputs.bias[:, :, self._query]
+            self._compute(replace(inputs, query=inputs.query[:, :, self._query], bias=bias), None, [self])
         return False
 
     def update(self, tile: AttentionTile) -> None:
@@ -241,6 +243,6 @@ class ClassAttention(PerImageMaps):
 
     def _finish_batch(self) -> None:
         if self._rows:
-            patches = torch.cat(self._rows)[:, :, self.grid.num_prefix_tokens :]
+            patches = torch.cat(self._rows)[:, :, self.grid.patch_tokens]
             self._maps.append(patches.unflatten(2, (self.grid.rows, self.grid.cols)).contiguous().numpy())
             self._rows = []

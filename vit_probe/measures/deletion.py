@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vit_probe.attention.intercept import evaluation_mode
+from vit_probe.attention.wrappers import unwrap
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.data.stream import Images, ImageStream
 from vit_probe.errors import InputError
@@ -43,11 +44,11 @@ class DeletionResult(Result):
     """
 
     measure: str = "deletion"
-    probability: np.ndarray
-    fractions: np.ndarray
-    predicted: np.ndarray
-    orders: list[str]
-    names: list[str]
+    probability: Float[np.ndarray, "order image step"]
+    fractions: Float[np.ndarray, "step"]
+    predicted: Int[np.ndarray, "image"]
+    orders: Annotated[list[str], "order"]
+    names: Annotated[list[str], "image"]
 
     @property
     def area(self) -> pd.DataFrame:
@@ -132,7 +133,7 @@ def deletion(
         raise InputError(f"steps must be at least 1, got {steps}")
     if RANDOM in maps:
         raise InputError(f"a map is called {RANDOM!r}, which is the name of the random order; give it another name")
-    stream = ImageStream(images, preprocessing or getattr(model, "preprocessing", None), batch_size=batch_size)
+    stream = ImageStream(images, preprocessing or getattr(unwrap(model), "preprocessing", None), batch_size=batch_size)
     grid = locate_tokens(model, *stream.image_size).grid
     values = {name: _checked(name, one, grid, stream.count) for name, one in maps.items()}
     counts = np.round(np.arange(steps + 1) * grid.num_patches / steps).astype(int)
@@ -206,6 +207,7 @@ def _probabilities(model: nn.Module, images: Tensor) -> Float[np.ndarray, "image
     scores = getattr(output, "logits", output)
     fits = isinstance(scores, Tensor) and scores.ndim == 2
     if fits and scores is output:  # a plain tensor may be features, unless its width is the model's number of classes
+        model = unwrap(model)
         classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_classes", None)
         fits = scores.shape[1] == classes
     if not fits:

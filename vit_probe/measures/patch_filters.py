@@ -21,8 +21,9 @@ from vit_probe.checkpoints.files import TENSOR_SUFFIXES, read_tensors
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.measures.base.registry import model_measure
 from vit_probe.results import KeyNumber, Result, check_finite, software_versions
+from vit_probe.runner.arguments import check_model
 from vit_probe.runner.run import model_provenance
-from vit_probe.tokens.grid import first_convolution
+from vit_probe.tokens.patch_embedding import find_patch_embedding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +80,9 @@ class PatchFiltersResult(Result):
         """Title of the figure."""
         if self.principal:
             components = "principal component" if len(self.filters) == 1 else f"{len(self.filters)} principal components"
-            return f"RGB embedding filters\n(first {components})"
+            channels = self.filters.shape[1]
+            colours = {1: "Grey", _COLOURS: "RGB"}.get(channels, f"{channels}-channel")
+            return f"{colours} embedding filters\n(first {components})"
         return f"First-layer filters ({len(self.filters)})"
 
     def key_numbers(self) -> list[KeyNumber]:
@@ -95,11 +98,17 @@ class PatchFiltersResult(Result):
         """Title of the result's panel in the overview."""
         return "Patch filters\n(components)"
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
-        """Draw the filters as a grid of small images."""
+    def plot(self, *, channels: tuple[int, int, int] | None = None, ax: Axes | None = None) -> Axes:
+        """Draw the filters as a grid of small images.
+
+        Args:
+            channels: Which three channels to draw as red, green and blue, for filters of other channels than RGB; if None,
+                each filter of these is a row of tiles, one per channel.
+            ax: Axes to draw on; if None, a new figure.
+        """
         from vit_probe.plots import plot_patch_filters
 
-        return plot_patch_filters(self.filters, title=self.title, ax=ax)
+        return plot_patch_filters(self.filters, channels=channels, title=self.title, ax=ax)
 
 
 @model_measure(result=PatchFiltersResult, command="filters")
@@ -108,15 +117,16 @@ def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFilt
 
     The D filters of the patch embedding are D samples of channel x height x width weights, which PCA centres. The sign of a
     principal component is arbitrary; here its entry of largest magnitude is positive. In hybrids and convolutional networks,
-    the filters are those of the first convolution.
+    the filters are those of the first convolution. In models that apply a linear layer to the pixels of each patch, they are
+    its weights, arranged as the pixels are; a normalisation of the pixels before it is not part of them.
 
     Args:
-        model: Any model whose first layer is a convolution over 1 or 3 colour channels.
+        model: Any model whose first layer is a convolution or a linear layer over the pixels of images, of any channels.
         components: Maximum number of components, in order of explained variance (there are at most as many as filters minus
             one, or as weights per filter); None for the filters themselves, without PCA.
 
     Raises:
-        InputError: If there is no such convolution, or `components` is below 1.
+        InputError: If there is no such layer, or `components` is below 1.
 
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (left) and section 4.5.
@@ -127,12 +137,14 @@ def patch_filters(model: nn.Module, *, components: int | None = 28) -> PatchFilt
         >>> patch_filters(model, components=4).filters.shape
         (4, 3, 8, 8)
     """
-    name, weight = _first_convolution(model)
+    check_model(model)
+    embedding = find_patch_embedding(model)
+    weight = embedding.filters.numpy()
     check_finite(weight, "filters")
     filters, channels, rows, cols = weight.shape
     provenance = {
         "model": model_provenance(model),
-        "layers": [name],
+        "layers": [f"{embedding.path}.weight"],
         "options": {"components": components},
         "versions": software_versions(),
     }
@@ -252,15 +264,6 @@ def low_frequency_share(filters: NDArray[Any]) -> float:
     if spectrum.sum() <= _ROUNDING * constant:
         raise InputError(f"the filters, of {rows} x {cols} pixels, are constant over space, which is neither smooth nor rough")
     return float(spectrum[: -(-rows // 2), : -(-cols // 2)].sum() / spectrum.sum())
-
-
-def _first_convolution(model: nn.Module) -> tuple[str, Float[np.ndarray, "filter channel row col"]]:
-    name, module = first_convolution(model)
-    if module is not None and module.in_channels in (1, 3):
-        return f"{name}.weight", module.weight.detach().cpu().double().numpy()
-    raise InputError(
-        f"{type(model).__name__} has no convolution over 1 or 3 colour channels at its input; pass a model of images"
-    )
 
 
 def _is_colour_filter(weight: Tensor) -> bool:

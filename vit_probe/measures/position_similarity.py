@@ -12,14 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.attention.wrappers import unwrap
 from vit_probe.errors import InputError
 from vit_probe.measures.base.registry import model_measure
 from vit_probe.models.config import as_pair
 from vit_probe.results import KeyNumber, Result, check_finite, software_versions
+from vit_probe.runner.arguments import check_model
 from vit_probe.runner.run import model_provenance
-from vit_probe.tokens.grid import TokenGrid, input_channels, read_patch_size
+from vit_probe.tokens.added_positions import added_positions
+from vit_probe.tokens.grid import TokenGrid
 from vit_probe.tokens.hidden_states import patch_tokens
 from vit_probe.tokens.locate import locate_tokens
+from vit_probe.tokens.patch_embedding import input_channels, native_image_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +37,6 @@ __all__ = [
 
 
 _EQUAL_TOLERANCE = 1e-4  # relative to the tokens' size; smaller differences are rounding
-_MAX_PREFIX_ENTRIES = 16  # of a position table
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -42,8 +45,8 @@ class PositionSimilarityResult(Result):
 
     Args:
         similarity: (row, col, row, col), from -1 to 1.
-        after_layers: After how many layers the tokens of a constant image were compared; None if the entries of a table of
-            position embeddings were compared.
+        after_layers: After how many layers the tokens of a constant image were compared; None if the position embeddings were
+            compared.
     """
 
     measure: str = "position_similarity"
@@ -125,24 +128,25 @@ def position_similarity(
 ) -> PositionSimilarityResult:
     """Cosine similarity of the positions of all pairs of patches.
 
-    In a model with a table of absolute position embeddings (learned or sine-cosine), the table's entries are compared, at its
-    native grid and without the entries of prefix tokens.
+    In a model with absolute position embeddings (learned or sine-cosine), what it adds to its patch tokens is compared, at its
+    native grid: the entries of its table, or, where it computes something else from its parameters, that. Where it adds
+    positions at several levels, those of the first are compared. It is run up to its first layer to find them.
 
-    In all other models (rotary or relative positions), and whenever `after_layers` or `image_size` is given, the patch tokens
-    of a constant image are compared. All its patches look the same, so only position distinguishes their tokens. The image is
-    zero after standardisation, which is the mean colour. The patch tokens after the first `after_layers` layers are centred
-    (their mean over patches, which says nothing about position, is subtracted) before they are compared. With
-    `after_layers=0`, they are the tokens that enter the first layer: the table's entries, centred, in models that add a table
-    to the patches.
+    In all other models (rotary or relative positions), and whenever `after_layers` or another `image_size` is given, the patch
+    tokens of a constant image are compared. All its patches look the same, so only position distinguishes their tokens. The
+    image is zero after standardisation, which is the mean colour. The patch tokens after the first `after_layers` layers are
+    centred (their mean over patches, which says nothing about position, is subtracted) before they are compared. With
+    `after_layers=0`, they are the tokens that enter the first layer: what is added, centred, in models that add positions.
 
     Args:
-        model: Any Vision Transformer; without a table, its attention must go through `scaled_dot_product_attention`.
-        after_layers: After how many layers tokens are compared; if None, the table is used, or, without a table, tokens after
+        model: Any Vision Transformer; if it adds no positions, its attention must go through `scaled_dot_product_attention`.
+        after_layers: After how many layers tokens are compared; if None, what is added is, or, if nothing is, the tokens after
             half of the layers (rounded up).
-        image_size: Height and width, or one side, of the constant image; the model's native size if None.
+        image_size: Height and width, or one side, of the constant image; the model's native size if None. A model that names no
+            native size is taken to be made for this one.
 
     Raises:
-        InputError: If the model has neither a table nor a native size, has fewer layers than `after_layers`, or gives all
+        InputError: If the model names no size and none is given, it has fewer layers than `after_layers`, or it gives all
             patches of a constant image the same token (as rotary or relative positions do without a prefix token or padding).
 
     References:
@@ -154,7 +158,11 @@ def position_similarity(
         >>> position_similarity(model).similarity.shape
         (4, 4, 4, 4)
     """
-    if after_layers is None and image_size is None and (position_table := _position_table(model)) is not None:
+    check_model(model)
+    model = unwrap(model)
+    native = native_image_size(model)
+    of_table = after_layers is None and (image_size is None or native is None)
+    if of_table and (position_table := _position_table(model, native or image_size)) is not None:
         table, rows, cols = position_table
         vectors = table.detach().cpu().double().numpy()
     else:
@@ -239,11 +247,10 @@ def _constant_image_tokens(
     model: nn.Module, after_layers: int | None, image_size: int | tuple[int, int] | None
 ) -> tuple[Float[np.ndarray, "patch dim"], TokenGrid, int]:
     """The patch tokens of a constant image after some layers, their grid, and the number of these layers."""
-    size = _native_size(model) if image_size is None else image_size
+    size = native_image_size(model) if image_size is None else image_size
     if size is None:
         raise InputError(
-            f"{type(model).__name__} has no table of position embeddings and names no image size; pass image_size=, the size "
-            "of the constant image to show to it"
+            f"{type(model).__name__} names no image size; pass image_size=, the size of the constant image to show to it"
         )
     height, width = as_pair(size, "image_size")
     layout = locate_tokens(model, height, width)
@@ -255,35 +262,10 @@ def _constant_image_tokens(
     return tokens[0].cpu().double().numpy(), grid, after_layers
 
 
-def _native_size(model: nn.Module) -> Any:
-    """The image size that the model is built for; None if it names none."""
-    preprocessing = getattr(model, "preprocessing", None)
-    sizes = (
-        getattr(getattr(model, "config", None), "image_size", None),  # transformers
-        getattr(getattr(model, "patch_embed", None), "img_size", None),  # timm
-        getattr(model, "image_size", None),  # torchvision
-        getattr(preprocessing, "size", None),
-    )
-    return next((size for size in sizes if size), None)
-
-
-def _position_table(model: nn.Module) -> tuple[Float[Tensor, "patch dim"], int, int] | None:
-    """The table's entries for patches, with the rows and columns of their grid; None if there is no table."""
+def _position_table(
+    model: nn.Module, image_size: int | tuple[int, int] | None
+) -> tuple[Float[Tensor, "patch dim"], int, int] | None:
+    """What is added to the patches, with the rows and columns of their grid; None if nothing is or the size is unknown."""
     if callable(table := getattr(model, "position_table", None)):  # our own models
         return cast("tuple[Tensor, int, int] | None", table())
-    names = ("pos_embed", "position_embeddings", "pos_embedding", "position_embedding.weight", "positional_embedding")
-    tables = [parameter for name, parameter in model.named_parameters() if name.endswith(names)]
-    size = _native_size(model)
-    if not tables or size is None:
-        return None
-    patch_size = read_patch_size(model)
-    rows, cols = (length // patch for length, patch in zip(as_pair(size, "image_size"), patch_size, strict=True))
-    flat = [table.reshape(-1, table.shape[-1]) for table in tables]
-    # There may be several tables, such as that of a text tower: take the one with the fewest entries beyond the patches.
-    table = min(flat, key=lambda table: (len(table) < rows * cols, abs(len(table) - rows * cols)))
-    if not 0 <= len(table) - rows * cols <= _MAX_PREFIX_ENTRIES:
-        raise InputError(
-            f"the position table of {type(model).__name__} has {len(table)} entries, which does not fit {rows} x {cols} "
-            "patches; pass image_size= (and after_layers=) to compare the tokens of a constant image instead"
-        )
-    return table[len(table) - rows * cols :], rows, cols
+    return None if image_size is None else added_positions(model, *as_pair(image_size, "image_size"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -67,7 +67,7 @@ class ReceptiveFieldResult(Result):
 
     measure: str = "receptive_field"
     network: str
-    names: list[str]
+    names: Annotated[list[str], "layer"]
     depth: Int[np.ndarray, "layer"]
     receptive_field: Int[np.ndarray, "layer"]
     stride: Int[np.ndarray, "layer"]

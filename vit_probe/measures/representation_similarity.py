@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -42,8 +42,8 @@ class RepresentationSimilarityResult(Result):
 
     measure: str = "representation_similarity"
     similarity: Float[np.ndarray, "layer other_layer"]
-    modules: list[str]
-    other_modules: list[str]
+    modules: Annotated[list[str], "layer"]
+    other_modules: Annotated[list[str], "other_layer"]
     num_images: int
     num_batches: int
     num_left_out: int

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, UInt8
 
+from vit_probe.attention.projections import UNSEEN
 from vit_probe.attention.tiles import AttentionInputs, AttentionTile
 from vit_probe.errors import InputError
 from vit_probe.measures.base.per_image import PerImageMaps
@@ -51,9 +53,9 @@ class AttentionRolloutResult(Result):
     """
 
     measure: str = "rollout"
-    maps: np.ndarray
-    images: np.ndarray | None
-    names: list[str]
+    maps: Float[np.ndarray, "image row col"]
+    images: UInt8[np.ndarray, "shown height width channel"] | None
+    names: Annotated[list[str], "image"]
     head_fusion: HeadFusion
     discard_ratio: float
     algorithm: Algorithm
@@ -130,8 +132,8 @@ def attention_rollout(
             the class token's column.
 
     Raises:
-        InputError: If an option is invalid, the model attends within windows, the images cannot be used, the grid does not fit
-            the attention, or no attention is seen.
+        InputError: If an option is invalid, the model attends within windows, the attention of some layers cannot be seen, the
+            images cannot be used, or the grid does not fit the attention.
 
     References:
         Abnar & Zuidema 2020, arXiv:2005.00928, section 3; Dosovitskiy et al. 2021, arXiv:2010.11929, figure 6 and appendix D.8.
@@ -142,6 +144,11 @@ def attention_rollout(
         >>> attention_rollout(load_model("demo"), torch.zeros(1, 3, 64, 64)).maps.shape
         (1, 8, 8)
     """
+    unseen = [path for path, reason in run.skipped.items() if reason == UNSEEN]
+    if unseen:
+        raise InputError(
+            f"rollout multiplies the attention of all layers, but that of {', '.join(unseen[:3])} cannot be measured: {UNSEEN}"
+        )
     return AttentionRollout(run.grid, head_fusion=head_fusion, discard_ratio=discard_ratio, windows=run.windows)
 
 
@@ -156,7 +163,7 @@ class AttentionRollout(PerImageMaps):
             defined for them.
 
     Raises:
-        InputError: If an option is invalid, or `windows` names any layer.
+        InputError: If an option is invalid, `windows` names any layer, or it is unknown which token is the class token.
 
     Examples:
         >>> import torch
@@ -191,6 +198,7 @@ class AttentionRollout(PerImageMaps):
             )
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio
+        self._class_token = grid.find_class_token()
         self._depths: set[int] = set()  # how many layers images went through; `compute` requires a single number
         self._algorithm: Algorithm = "product"
         self._batch: RolloutAlgorithm = Product()  # of the current batch
@@ -263,18 +271,19 @@ class AttentionRollout(PerImageMaps):
         )
 
     def _fuse(self) -> FusedMaps:
-        return FusedMaps(self.head_fusion, self.discard_ratio, int(self.grid.has_cls_token))
+        return FusedMaps(self.head_fusion, self.discard_ratio, self._class_token)
 
     def _finish_batch(self) -> None:
         batch = self._batch
         if not batch.reached:
             return
-        first = self.grid.num_prefix_tokens
-        queries = slice(0, 1) if self.grid.has_cls_token else slice(first, None)
         weights = torch.zeros(self.grid.num_tokens)
-        weights[queries] = 1 / len(weights[queries])
+        if self._class_token is None:
+            weights[self.grid.patch_tokens] = 1 / self.grid.num_patches
+        else:
+            weights[self._class_token] = 1
         with torch.no_grad():
-            rows = [row[first:].float().cpu() for row in batch.rows(weights)]
+            rows = [row[self.grid.patch_tokens].float().cpu() for row in batch.rows(weights)]
         self._maps.append(torch.stack(rows).view(-1, self.grid.rows, self.grid.cols).numpy())
         self._depths |= set(batch.reached)
         self._batch = Product()  # only now, so that a failure for lack of memory above can be retried

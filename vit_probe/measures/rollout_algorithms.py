@@ -50,21 +50,21 @@ class FusedMaps:
     Args:
         head_fusion: How the heads are combined.
         discard_ratio: Fraction of each image's entries that are then set to zero, smallest first.
-        num_protected: Number of columns, from the first, that are neither counted nor set to zero.
+        protected: A column that is neither counted nor set to zero; None for no column.
 
     Examples:
         >>> maps = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).expand(1, 3, 2, 2)  # image, head, query, key
         >>> all_of = {"images": slice(0, 1), "heads": slice(0, 3), "queries": slice(0, 2)}
         >>> tile = AttentionTile(0, "blocks.0.attn", **all_of, num_heads=3, num_tokens=2, probabilities=maps)
-        >>> FusedMaps("max", discard_ratio=0.5, num_protected=0).add(tile)
+        >>> FusedMaps("max", discard_ratio=0.5).add(tile)
         tensor([[[0.9000, 0.0000],
                  [0.0000, 0.6000]]])
     """
 
-    def __init__(self, head_fusion: HeadFusion, discard_ratio: float, num_protected: int) -> None:
+    def __init__(self, head_fusion: HeadFusion, discard_ratio: float, protected: int | None = None) -> None:
         self.head_fusion = head_fusion
         self.discard_ratio = discard_ratio
-        self._num_protected = num_protected
+        self._protected = protected
         self._fused: Tensor | None = None
 
     def add(self, tile: AttentionTile) -> Float[Tensor, "image query key"] | None:
@@ -84,7 +84,7 @@ class FusedMaps:
             return None
         fused, self._fused = self._fused, None
         if self.discard_ratio:
-            _discard(fused, self.discard_ratio, num_protected=self._num_protected)
+            _discard(fused, self.discard_ratio, self._protected)
         return fused
 
 
@@ -234,11 +234,13 @@ def _propagate(row: Float[Tensor, "token"], fused: Float[Tensor, "query key"]) -
     return (weights.to(fused) @ fused).to(row) + weights
 
 
-def _discard(fused: Float[Tensor, "image query key"], ratio: float, *, num_protected: int) -> None:
-    """Set the smallest entries outside the first `num_protected` columns to zero, image by image, in place."""
-    for matrix in fused[:, :, num_protected:]:
-        candidates = matrix.reshape(-1)
-        count = int(ratio * len(candidates))
+def _discard(fused: Float[Tensor, "image query key"], ratio: float, protected: int | None) -> None:
+    """Set the smallest entries outside the `protected` column to zero, image by image, in place."""
+    for matrix in fused:
+        candidates = matrix.clone()
+        if protected is not None:
+            candidates[:, protected] = torch.inf  # never among the smallest
+        count = int(ratio * (matrix.numel() - (protected is not None) * len(matrix)))
         if count:
-            smallest = torch.topk(candidates, count, largest=False, sorted=False).indices
-            matrix[smallest // matrix.shape[1], smallest % matrix.shape[1]] = 0
+            smallest = torch.topk(candidates.flatten(), count, largest=False, sorted=False).indices
+            matrix.view(-1)[smallest] = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_type_hints
 
 from vit_probe.errors import InputError
@@ -13,7 +15,7 @@ __all__ = ["VARIANTS", "ResNetConfig", "Variant", "ViTConfig"]
 
 Pooling = Literal["token", "avg", "token+avg", "distilled"]
 Position = Literal["none", "learned_1d", "learned_2d", "sincos_2d", "relative", "rope_2d"]
-Activation = Literal["gelu", "quick_gelu", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Resampling = Literal["bicubic-antialias", "bicubic", "bicubic-align-corners"]
 
 
@@ -38,6 +40,10 @@ class ResNetConfig:
 
     layers: tuple[int, ...]
     width: int = 64
+
+    def __post_init__(self) -> None:
+        if not all(_is_int(number) and number >= 1 for number in (*self.layers, self.width)):
+            raise InputError(f"the layers and the width of a ResNet must be positive ints, got {self.layers} and {self.width}")
 
     @property
     def stride(self) -> int:
@@ -84,7 +90,8 @@ class ViTConfig:
         drop_path: Stochastic depth (Huang et al. 2016, arXiv:1603.09382): probability, in training, of dropping a residual
             branch of the last layer for an image; it grows linearly from 0 in the first layer.
         norm_eps: Epsilon of every LayerNorm.
-        activation: `gelu`, `quick_gelu` (CLIP's x * sigmoid(1.702 x)) or `swiglu`.
+        activation: `gelu`, `gelu_tanh` (its tanh approximation, as in SigLIP), `quick_gelu` (CLIP's x * sigmoid(1.702 x)) or
+            `swiglu`.
         patch_bias: Whether the patch projection has a bias.
         pre_norm: Whether a LayerNorm precedes the first layer (CLIP).
         norm_pooled: Whether the final LayerNorm follows the pooling (timm's `fc_norm`) instead of preceding it.
@@ -130,11 +137,20 @@ class ViTConfig:
     stem: ResNetConfig | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in _HINTS.items():
+            _check_type(name, getattr(self, name), get_args(hint) or (hint,))
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, as_pair(getattr(self, name), name))
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_classes", "num_registers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.norm_eps < 1 or self.mlp_ratio <= 0:
+            raise InputError(
+                f"norm_eps must lie between 0 and 1, and mlp_ratio above 0; got {self.norm_eps} and {self.mlp_ratio}"
+            )
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be a rate from 0 to below 1, got {getattr(self, name)}")
@@ -257,11 +273,30 @@ VARIANTS: dict[str, Variant] = {
 # arXiv:2010.11929, appendix B.1 (R50 with a 16-pixel grid); arXiv:2106.10270, section 3.1 (R26 and R50 with 32).
 _RESNET_LAYERS = {("R50", 16): (3, 4, 9), ("R26", 32): (2, 2, 2, 2), ("R50", 32): (3, 4, 6, 3)}
 
+_HINTS = get_type_hints(ViTConfig)
 _CHOICES = {
     name: get_args(hint)
-    for name, hint in get_type_hints(ViTConfig).items()
+    for name, hint in _HINTS.items()
     if name in ("pooling", "position", "position_resampling", "activation")
 }
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_type(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    """Check a number or a switch, which may come from a file: "0", 0.0 and False are three different things there."""
+    if (value is None and type(None) in kinds) or not {bool, int, float} & set(kinds) or tuple[int, int] in kinds:
+        return
+    if bool in kinds:
+        expected, valid = "True or False", isinstance(value, bool)
+    elif int in kinds:
+        expected, valid = "an int", _is_int(value)
+    else:
+        expected, valid = "a finite number", isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    if not valid:
+        raise InputError(f"{name} must be {expected}, got {value!r}")
 
 
 def as_pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
@@ -278,8 +313,8 @@ def as_pair(size: int | tuple[int, int], name: str) -> tuple[int, int]:
         >>> as_pair(16, "patch_size")
         (16, 16)
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(_is_int(side) and side >= 1 for side in pair):
         raise InputError(f"{name} must be a positive int or a pair (height, width) of them, got {size!r}")
     return pair[0], pair[1]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -77,13 +80,21 @@ def _with_bias(mask: Mask | None, bias: Float[Tensor, "batch head query key"]) -
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "swiglu": SwiGLU,
+}
+
+
 class Mlp(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         hidden = round(config.embed_dim * config.mlp_ratio)
         gated = config.activation == "swiglu"
         self.fc1 = nn.Linear(config.embed_dim, 2 * hidden if gated else hidden)
-        self.act = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "swiglu": SwiGLU}[config.activation]()
+        self.act = _ACTIVATIONS[config.activation]()
         self.fc2 = nn.Linear(hidden, config.embed_dim)
         self.drop = nn.Dropout(config.dropout)
 

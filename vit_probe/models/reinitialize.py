@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from vit_probe.attention.wrappers import unwrap
 from vit_probe.errors import InputError
 from vit_probe.tokens.grid import first_parameter
 
@@ -52,6 +53,7 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
         >>> torch.equal(random.weight, random_weights(trained, seed=1).weight)
         True
     """
+    model = unwrap(model)
     home = first_parameter(model).device
     try:
         copy = deepcopy(model).to("cpu")

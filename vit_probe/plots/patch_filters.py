@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ _TITLE_POINTS = 9
 _MAX_TITLE_LENGTH = 40  # characters of that size that fit a column of 3.25 inches
 _COLUMNS = 7  # as in the paper, whose 28 components make four rows
 _MAX_PAPER_FILTERS = 28
+_DRAWN_CHANNELS = (1, 3)  # grey and RGB
+_GAPS_BETWEEN_FILTERS = 4  # from the last channel of a filter to the first of the next, in gaps between its channels
 
 # Several mosaics side by side
 _PANEL_GAP = 0.06  # between two panels, as a fraction of a panel's width
@@ -34,7 +36,12 @@ _PANEL_TITLE_INCHES, _PANEL_LINE_INCHES = 0.13, 0.13  # above a mosaic, and per 
 
 
 def plot_patch_filters(
-    filters: NDArray[Any], *, columns: int | None = None, title: str | None = None, ax: Axes | None = None
+    filters: NDArray[Any],
+    *,
+    channels: Sequence[int] | None = None,
+    columns: int | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw filters as a mosaic, each scaled jointly over its channels to [0, 1].
 
@@ -42,9 +49,11 @@ def plot_patch_filters(
     model, such as AlexNet's (64, 3, 11, 11).
 
     Args:
-        filters: (filter, channel, row, col), with one channel (grey) or three (RGB).
-        columns: Filters per row; the last row may be shorter. If None, 7 for up to 28 filters; for more filters, the number
-            that makes the mosaic about as wide as high.
+        filters: (filter, channel, row, col). One channel is drawn grey, three as RGB, any others as a row of grey tiles side by
+            side, one per channel.
+        channels: Draw these channels only: one, or three as red, green and blue, such as (3, 2, 1) of Sentinel-2's bands.
+        columns: Filters per row; the last row may be shorter. If None, 7 for up to 28 filters of one or three channels; for
+            others, the number that makes the mosaic about as wide as high.
         title: Title above the mosaic; a long one is broken before its parenthesis. A new figure is made wide enough for it.
         ax: Axes to draw on; if None, a new figure of a column's width.
 
@@ -52,7 +61,8 @@ def plot_patch_filters(
         The axes, holding one image: the mosaic, with white gaps.
 
     Raises:
-        InputError: If `filters` has another shape or values that are not finite, or `columns` is not positive.
+        InputError: If `filters` has another shape or values that are not finite, it has not all `channels`, or `columns` is not
+            positive.
 
     Examples:
         >>> import numpy as np
@@ -64,16 +74,20 @@ def plot_patch_filters(
     References:
         Dosovitskiy et al. 2021, arXiv:2010.11929, figure 7 (left).
     """
-    scaled = _scaled_filters(filters)
-    height, width = scaled.shape[1:3]
-    gap = max(1, round(max(height, width) / 14))
+    scaled = _scaled_filters(filters, channels)
+    gap = max(1, round(max(scaled.shape[2:]) / 14))
+    has_colours = scaled.shape[1] in _DRAWN_CHANNELS
+    tiles = _in_colours(scaled) if has_colours else _side_by_side(scaled, gap)
+    height, width = tiles.shape[1:3]
     if columns is None:
-        square = math.ceil((len(scaled) * (height + gap) / (width + gap)) ** 0.5)
-        columns = _COLUMNS if len(scaled) <= _MAX_PAPER_FILTERS else max(_COLUMNS, square)
+        columns = math.ceil((len(tiles) * (height + gap) / (width + gap)) ** 0.5)
+        if has_colours:
+            columns = _COLUMNS if len(tiles) <= _MAX_PAPER_FILTERS else max(_COLUMNS, columns)
     if columns < 1:
         raise InputError(f"cannot draw filters in {columns} columns; pass 1 or more")
-    columns = min(columns, len(scaled))
-    picture = mosaic(arrange(scaled, columns, fill=1.0), gap=(gap, gap), fill=1.0)
+    columns = min(columns, len(tiles))
+    between = gap if has_colours else _GAPS_BETWEEN_FILTERS * gap
+    picture = mosaic(arrange(tiles, columns, fill=1.0), gap=(gap, between), fill=1.0)
     aspect = picture.shape[0] / picture.shape[1]
     inches = min(WIDTHS["icml"] - 2 * _MARGIN, _MAX_HEIGHT / aspect)
     if title is not None and len(title) > _MAX_TITLE_LENGTH:
@@ -135,20 +149,32 @@ def plot_filter_panels(panels: Mapping[str, NDArray[Any]], *, figure: Figure | N
     return figure
 
 
-def _scaled_filters(filters: NDArray[Any]) -> NDArray[np.float64]:
-    """Scale filters to pictures for `imshow`: (filter, row, col, 3) in [0, 1]; a constant filter becomes mid-grey.
+def _scaled_filters(filters: NDArray[Any], channels: Sequence[int] | None) -> NDArray[np.float64]:
+    """Scale filters, or the given channels of them, to [0, 1]; a constant filter becomes mid-grey.
 
     Raises:
-        InputError: If `filters` is not (filter, channel, row, col) with 1 or 3 channels, or not finite.
+        InputError: If `filters` is not (filter, channel, row, col), has not these channels, or is not finite.
     """
     values = np.asarray(filters, dtype=np.float64)
-    if values.ndim != 4 or values.shape[1] not in (1, 3) or 0 in values.shape:
-        raise InputError(
-            f"filters have shape {values.shape}; they must be (filter, channel, row, col), none empty, with 1 or 3 channels"
-        )
+    if values.ndim != 4 or 0 in values.shape:
+        raise InputError(f"filters have shape {values.shape}; they must be (filter, channel, row, col), none empty")
+    if channels is not None:
+        if len(channels) not in _DRAWN_CHANNELS or not all(0 <= channel < values.shape[1] for channel in channels):
+            raise InputError(f"channels must be one or three of 0 to {values.shape[1] - 1}, got {tuple(channels)}")
+        values = values[:, list(channels)]
     if not np.isfinite(values).all():
         raise InputError("filters have values that are not finite; check the weights that they come from")
     lowest = values.min(axis=(1, 2, 3), keepdims=True)
     extent = values.max(axis=(1, 2, 3), keepdims=True) - lowest
-    scaled = np.where(extent > 0, (values - lowest) / np.where(extent > 0, extent, 1.0), 0.5)
+    return np.where(extent > 0, (values - lowest) / np.where(extent > 0, extent, 1.0), 0.5)
+
+
+def _in_colours(scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pictures (filter, row, col, 3) of filters of one channel, grey, or of three."""
     return np.broadcast_to(scaled, (len(scaled), 3, *scaled.shape[2:])).transpose(0, 2, 3, 1)
+
+
+def _side_by_side(scaled: NDArray[np.float64], gap: int) -> NDArray[np.float64]:
+    """Pictures (filter, row, col, 3) in which the channels of a filter are grey tiles, from left to right."""
+    strips = np.stack([mosaic(channels[None], gap=(0, gap), fill=1.0) for channels in scaled])
+    return _in_colours(strips[:, None])

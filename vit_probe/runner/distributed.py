@@ -85,6 +85,8 @@ class ProcessGroup:
             return
         from torch import distributed
 
+        if not distributed.is_available():
+            raise InputError("this build of torch cannot connect processes; start a single one, or install another build")
         self._connecting = True
         try:
             distributed.init_process_group("gloo", timeout=timeout)

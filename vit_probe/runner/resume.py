@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from vit_probe.atomic_io import write_bytes
 from vit_probe.errors import InputError
 
-__all__ = ["RunState", "differing", "read_state", "state_file", "write_state"]
+__all__ = ["RunState", "differing", "read_state", "reading", "state_file", "write_state"]
 
 _STATE_FILE = re.compile(r"run-state(?:-\d+-of-(\d+))?\.safetensors")
 
@@ -40,7 +42,7 @@ def state_file(folder: Path, rank: int, world_size: int, *, resume: bool) -> Pat
     """The path of a process's state in `folder`; without `resume`, deletes the states of earlier runs there.
 
     Raises:
-        InputError: If the run to resume was started with another number of processes.
+        InputError: If the run to resume was started with another number of processes, or an earlier state cannot be deleted.
 
     Examples:
         >>> from pathlib import Path
@@ -55,7 +57,10 @@ def state_file(folder: Path, rank: int, world_size: int, *, resume: bool) -> Pat
             continue
         earlier = int(match[1] or 1)
         if not resume:
-            path.unlink(missing_ok=True)  # another process may have deleted it first
+            try:
+                path.unlink(missing_ok=True)  # another process may have deleted it first
+            except OSError as error:
+                raise InputError(f"cannot delete {path}, the state of an earlier run: {error.strerror}; delete it") from None
         elif earlier != world_size:
             raise InputError(
                 f"{folder} holds the state of a run in {_processes(earlier)}, but this run is in {_processes(world_size)}; "
@@ -65,7 +70,7 @@ def state_file(folder: Path, rank: int, world_size: int, *, resume: bool) -> Pat
 
 
 def write_state(path: Path, identity: Mapping[str, Any], state: RunState) -> Path:
-    """Write the state of a run atomically: arrays as safetensors, the rest as JSON in their metadata.
+    """Write the state of a run atomically: arrays as safetensors, the rest and a checksum of everything in their metadata.
 
     Args:
         path: File to write.
@@ -87,51 +92,79 @@ def write_state(path: Path, identity: Mapping[str, Any], state: RunState) -> Pat
         named_arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         arrays |= {f"{index}/{name}": np.ascontiguousarray(value) for name, value in named_arrays.items()}
         others.append({name: value for name, value in values.items() if name not in named_arrays})
-    content = {
-        "identity": _as_json(identity),
-        "images": state.images,
-        "measures": others,
-        "max_batch_size": state.max_batch_size,
-    }
-    return write_bytes(path, save(arrays, metadata={"vit_probe_state": json.dumps(content)}))
+    content = json.dumps(
+        {
+            "identity": _as_json(identity),
+            "images": state.images,
+            "measures": others,
+            "max_batch_size": state.max_batch_size,
+        }
+    )
+    return write_bytes(path, save(arrays, metadata={"vit_probe_state": content, "sha256": _checksum(content, arrays)}))
 
 
 def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
     """Read what `write_state` wrote; None if the file does not exist.
 
     Raises:
-        InputError: If the file is not the state of a run, or belongs to a run of another model, other images or other options.
+        InputError: If the file is not the state of a run, is damaged, or belongs to a run of another model, other images, other
+            options or other versions of the software.
     """
-    if not path.is_file():
-        return None
-    try:
+    with reading(path):
+        if not path.exists():
+            return None
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        content = json.loads(metadata["vit_probe_state"])
-    except (SafetensorError, KeyError):
-        raise InputError(f"{path} is not the state of a run; delete it, or omit --resume") from None
-    if names := differing(identity, content["identity"]):
-        raise InputError(
-            f"{path} is the state of another run, which differs in its {names}; to resume that run, pass what it was started "
-            "with; to start again, delete the file or omit --resume"
-        )
-    measures = [dict(values) for values in content["measures"]]
-    for name, array in arrays.items():
-        index, _, field = name.partition("/")
-        measures[int(index)][field] = array
-    return RunState(content["images"], measures, content["max_batch_size"])
+        content = metadata["vit_probe_state"]
+        if metadata.get("sha256") != _checksum(content, arrays):
+            raise InputError(
+                f"{path} does not match its checksum: it is damaged, or from another version; delete it, or omit --resume"
+            )
+        found = json.loads(content)
+        if names := differing(identity, found["identity"]):
+            raise InputError(
+                f"{path} is the state of another run, which differs in its {names}; to resume that run, pass what it was "
+                "started with; to start again, delete the file or omit --resume"
+            )
+        measures = [dict(values) for values in found["measures"]]
+        for name, array in arrays.items():
+            index, _, field = name.partition("/")
+            measures[int(index)][field] = array
+        return RunState(found["images"], measures, found["max_batch_size"])
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Context manager that turns whatever a damaged or foreign file raises when it is read as a state into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} is not the state of a run; delete it, or omit --resume ({error!r})") from None
+
+
+def _checksum(content: str, arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(content.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """List the names in `one` whose values differ in `other`, as a phrase for a message; empty if all are equal.
 
+    Of versions, the phrase gives the values, too.
+
     Examples:
         >>> differing({"model": 1, "images": 2, "options": 3}, {"model": 1, "images": 0, "options": 0})
         'images and options'
     """
-    other = _as_json(other)
-    return _join([name for name, value in _as_json(one).items() if other.get(name) != value])
+    mine, theirs = _as_json(one), _as_json(other)
+    names = [name for name, value in mine.items() if theirs.get(name) != value]
+    return _join([f"{name} ({theirs.get(name)}, not {mine[name]})" if name.startswith("version") else name for name in names])
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,24 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from vit_probe.attention.exclusive import exclusive_use
 from vit_probe.attention.hooks import attention_hooks
 from vit_probe.attention.intercept import evaluation_mode
 from vit_probe.attention.tiles import AttentionObserver
+from vit_probe.attention.wrappers import unwrap
+from vit_probe.data.manifest import ImageManifest
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.data.stream import Images, ImageStream
 from vit_probe.errors import InputError
 from vit_probe.results import software_versions, weights_sha256
+from vit_probe.runner.arguments import check_model, check_run_options, select_device
 from vit_probe.runner.auto_batch import AdaptiveBatcher
 from vit_probe.runner.distributed import ProcessGroup
 from vit_probe.runner.protocol import Measure, PerImage
-from vit_probe.runner.resume import RunState, differing, read_state, write_state
+from vit_probe.runner.resume import RunState, differing, read_state, reading, write_state
+from vit_probe.runner.saving import PeriodicSave
 from vit_probe.tokens.grid import TokenGrid, first_parameter
 from vit_probe.tokens.hidden_states import TokenObserver, token_hooks
 from vit_probe.tokens.locate import locate_tokens
@@ -51,7 +56,8 @@ class AttentionRun:
         grid, layers, skipped, windows: Fields of the layout.
 
     Raises:
-        InputError: If the images cannot be used, or the positions of the model's tokens cannot be determined.
+        InputError: If an argument is of another type, the images cannot be used, or the positions of the model's tokens cannot
+            be determined.
 
     Examples:
         >>> from vit_probe import load_model, mean_attention_distance
@@ -75,7 +81,9 @@ class AttentionRun:
         on_error: Literal["stop", "skip"] = "stop",
         processes: ProcessGroup | None = None,
     ) -> None:
-        self.model = model
+        check_model(model, images)
+        check_run_options(grid, preprocessing, batch_size)
+        self.model = model = unwrap(model)
         self.processes = processes or ProcessGroup()
         self._home = first_parameter(model).device
         stays = device == "auto" and self._home.type != "cpu"
@@ -86,7 +94,7 @@ class AttentionRun:
             images, preprocessing, batch_size=batch_size, keep=keep_images, on_error=on_error, shard=shard
         )
         with self._on_device():
-            self.layout = locate_tokens(model, *self.images.image_size, grid=grid)
+            self.layout = locate_tokens(model, *self.images.image_size, grid=grid, channels=self.images.num_channels)
         self.grid, self.windows = self.layout.grid, self.layout.windows
         self.layers, self.skipped = self.layout.layers, self.layout.skipped
         self._batcher = AdaptiveBatcher()
@@ -97,6 +105,7 @@ class AttentionRun:
         progress: Callable[[int], None] | None = None,
         state: Path | None = None,
         every: int = 20,
+        every_seconds: float = 30.0,
     ) -> None:
         """Show `measures` the attention of every layer on every image.
 
@@ -111,8 +120,10 @@ class AttentionRun:
                 (`vit_probe.runner.protocol.Measure`), and in several processes they must be empty.
             progress: Called after each batch with its number of images; on resuming, first with the number already done.
             state: File that records how far the run has come, one for each process. If it exists, the run continues from it,
-                and ends with the numbers of a run that was never interrupted.
+                and ends with the numbers of a run that was never interrupted. SIGINT (Ctrl-C) and SIGTERM wait until the batch
+                has ended and the state is written; a second one does not wait.
             every: Number of batches after which the state is written.
+            every_seconds: Time after which the state is written, at the end of the batch.
 
         Raises:
             InputError: If a measure cannot use the attention, the images differ from what was announced, the blocks of the
@@ -131,21 +142,19 @@ class AttentionRun:
         # Sums of other processes are read into copies of the empty measures before they are merged.
         empty = [deepcopy(measure) for measure in resumable] if several else []
 
-        def save_state() -> None:
-            if state is not None:
-                done = [measure.state() for measure in resumable]
-                write_state(state, identity, RunState(self.images.state(), done, self._batcher.max_batch_size))
+        def save(path: Path) -> None:
+            done = [measure.state() for measure in resumable]
+            write_state(path, identity, RunState(self.images.state(), done, self._batcher.max_batch_size))
 
+        save_state = None if state is None else partial(save, state)
         self._check_same_in_all_processes(identity)
         with self.processes.barrier():
             earlier = None if state is None else read_state(state, identity)
-        if earlier is not None:
-            self.images.resume(earlier.images)
-            self._batcher.max_batch_size = earlier.max_batch_size
-            for measure, values in zip(resumable, earlier.measures, strict=True):
-                measure.restore(values)
-            if progress is not None:
-                progress(len(earlier.images["names"]))
+            if state is not None and earlier is not None:
+                with reading(state):
+                    self._restore(resumable, earlier)
+        if earlier is not None and progress is not None:
+            progress(len(earlier.images["names"]))
         dtype = first_parameter(self.model).dtype
         of_tokens = [measure for measure in measures if isinstance(measure, TokenObserver)]
         with (
@@ -153,24 +162,30 @@ class AttentionRun:
             evaluation_mode(self.model),
             attention_hooks(self.model, *measures) as hooks,
             token_hooks(self.model, self.layout, of_tokens),
+            PeriodicSave(save_state, every=every, every_seconds=every_seconds) as saving,
         ):
             # Whatever follows the last layer's attention costs time and is not looked at.
             hooks.stop_after = None if of_tokens else len(self.layers) - 1
-            for number, batch in enumerate(self.images, start=1):
-                self._batcher.forward(self.model, batch.to(self.device, dtype), measures)
-                # A model may choose its layers by its input. Sums over different layers would make one wrong table.
-                if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():
-                    raise InputError(
-                        f"{type(self.model).__name__} attends differently in this batch than before: its layers were "
-                        f"{self.layers}, now they are {hooks.layers}, and {hooks.skipped} were skipped"
-                    )
+            for batch in self.images:
+                with saving.batch():
+                    self._batcher.forward(self.model, batch.to(self.device, dtype), measures)
+                    # A model may choose its layers by its input. Sums over different layers would make one wrong table.
+                    if hooks.layers != self.layers or not hooks.skipped.keys() <= self.skipped.keys():
+                        raise InputError(
+                            f"{type(self.model).__name__} attends differently in this batch than before: its layers were "
+                            f"{self.layers}, now they are {hooks.layers}, and {hooks.skipped} were skipped"
+                        )
                 if progress is not None:
                     progress(len(batch))
-                if number % every == 0:
-                    save_state()
-        save_state()  # also of the last, incomplete stretch: drawing may fail, and would cost the whole run
         if several:
             self._gather(resumable, empty)
+
+    def _restore(self, measures: Sequence[Measure], state: RunState) -> None:
+        ImageManifest.from_state(state.images)  # the stream does so later
+        self.images.resume(state.images)
+        self._batcher.max_batch_size = state.max_batch_size
+        for measure, values in zip(measures, state.measures, strict=True):
+            measure.restore(values)
 
     def result(self, measure: Measure) -> Any:
         """The result of a measure that has observed this run, with its provenance."""
@@ -216,6 +231,8 @@ class AttentionRun:
             "grid": asdict(self.grid),
             "batch size": self.images.batch_size,
             "measures": [[measure.name, measure.options] for measure in measures],
+            # Other versions may compute other numbers, and store other sums.
+            **{f"version of {name}": software_versions()[name] for name in ("torch", "vit_probe")},
             "number of processes": self.processes.world_size,
             "process": self.processes.rank,
         }
@@ -223,14 +240,15 @@ class AttentionRun:
     @contextmanager
     def _on_device(self) -> Iterator[None]:
         """Move the model to the run's device, and back at the end."""
-        try:
-            if self.device != self._home:
-                self.model.to(self.device)
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-                yield
-        finally:
-            if self.device != self._home:
-                self.model.to(self._home)
+        with exclusive_use(self.model):
+            try:
+                if self.device != self._home:
+                    self.model.to(self.device)
+                with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                    yield
+            finally:
+                if self.device != self._home:
+                    self.model.to(self._home)
 
     def provenance(self, options: dict[str, Any]) -> dict[str, Any]:
         """Where the numbers of a measure with these options come from: model, weights, images, grid, layers, versions."""
@@ -242,6 +260,7 @@ class AttentionRun:
             "windows": {layer: list(windows.patches.shape) for layer, windows in self.windows.items()},
             "layers": self.layers,
             "skipped": self.skipped,
+            "unfused": self.layout.unfused,
             "options": options,
             "versions": software_versions(),
         }
@@ -253,7 +272,7 @@ class AttentionRun:
 
 def model_config(model: nn.Module) -> Any:
     """The model's configuration, as a dictionary if it is a dataclass or of transformers; None if it has none."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrap(model), "config", None)
     if hasattr(config, "to_dict"):  # transformers
         config = config.to_dict()
     return asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
@@ -261,26 +280,10 @@ def model_config(model: nn.Module) -> Any:
 
 def model_provenance(model: nn.Module) -> dict[str, Any]:
     """Name, class, configuration and hash of the weights."""
+    model = unwrap(model)
     return {
         "name": getattr(model, "name", type(model).__name__),
         "class": type(model).__name__,
         "config": model_config(model),
         "weights_sha256": weights_sha256(model),
     }
-
-
-def select_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA, else MPS, else the CPU.
-
-    Raises:
-        InputError: If there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} is not available ({reason}); choose auto, cpu, cuda or mps") from None
-    return device

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +18,8 @@ __all__ = [
     "OffsetTable",
     "TokenGrid",
     "Windows",
-    "first_convolution",
     "first_parameter",
     "first_tensor",
-    "has_class_token",
-    "input_channels",
-    "read_patch_size",
 ]
 
 
@@ -34,14 +29,16 @@ OffsetFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Where a model's tokens lie on its input: prefix tokens first, then the patches row by row.
+    """Where a model's tokens lie on its input: prefix tokens first, then the patches row by row, then suffix tokens.
 
     Args:
         rows: Patches from top to bottom.
         cols: Patches from left to right.
         patch_size: Height and width of a patch in pixels of the model's input.
         num_prefix_tokens: Tokens before the patches (class token, distillation token, registers).
-        has_cls_token: Whether the first of them is a class token.
+        has_cls_token: Whether there is a class token; None if unknown, which only measures that read it object to.
+        class_token: Place of the class token among all tokens; if None and there is one, the first.
+        num_suffix_tokens: Tokens behind the patches (detection tokens, prompts).
 
     Examples:
         >>> grid = TokenGrid(14, 14, (16, 16), num_prefix_tokens=1, has_cls_token=True)
@@ -53,13 +50,24 @@ class TokenGrid:
     cols: int
     patch_size: tuple[int, int]
     num_prefix_tokens: int
-    has_cls_token: bool
+    has_cls_token: bool | None
+    class_token: int | None = field(default=None, kw_only=True)
+    num_suffix_tokens: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.cols < 1 or min(self.patch_size) < 1 or self.num_prefix_tokens < 0:
-            raise InputError(f"a token grid needs positive rows, columns and patch sizes and no negative prefix, got {self}")
-        if self.has_cls_token and self.num_prefix_tokens == 0:
-            raise InputError(f"a class token is a prefix token, but {self} has none")
+        if self.rows < 1 or self.cols < 1 or min(self.patch_size) < 1:
+            raise InputError(f"a token grid needs positive rows, columns and patch sizes, got {self}")
+        if self.num_prefix_tokens < 0 or self.num_suffix_tokens < 0:
+            raise InputError(f"a token grid has no negative number of prefix or suffix tokens, got {self}")
+        if self.class_token is not None:
+            object.__setattr__(self, "has_cls_token", True)
+        elif self.has_cls_token:
+            object.__setattr__(self, "class_token", 0)
+        if self.class_token is not None:
+            if not 0 <= self.class_token < self.num_tokens:
+                raise InputError(f"the class token must be one of {self.num_tokens} tokens, got {self}")
+            if self.patch_tokens.start <= self.class_token < self.patch_tokens.stop:
+                raise InputError(f"a class token is a prefix or suffix token, but {self} has a patch in its place")
 
     @property
     def num_patches(self) -> int:
@@ -67,7 +75,26 @@ class TokenGrid:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.num_patches
+        return self.num_prefix_tokens + self.num_patches + self.num_suffix_tokens
+
+    @property
+    def patch_tokens(self) -> slice:
+        """Which tokens are patches."""
+        return slice(self.num_prefix_tokens, self.num_prefix_tokens + self.num_patches)
+
+    def find_class_token(self) -> int | None:
+        """Return the place of the class token; None if there is none.
+
+        Raises:
+            InputError: If it is unknown.
+        """
+        if self.has_cls_token is None:
+            raise InputError(
+                f"which of the {self.num_prefix_tokens + self.num_suffix_tokens} tokens that are not patches is the class "
+                "token cannot be told from the model's output or parameters; pass grid=TokenGrid(..., class_token=...) with "
+                "its place, or has_cls_token=False if there is none"
+            )
+        return self.class_token
 
     def check_tokens(self, tokens: int) -> None:
         """Raise InputError unless attention over `tokens` tokens fits this grid."""
@@ -227,46 +254,6 @@ class Windows:
         return table.pairs(queries.clamp_min(0), keys.clamp_min(0))  # padding takes any patch's value; callers zero it
 
 
-def read_patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of a patch in pixels: from the model's own description, or from its first convolution if its stride
-    equals its kernel.
-
-    Raises:
-        InputError: If neither is there, or the model drops patches at random.
-    """
-    if getattr(getattr(model, "config", None), "mask_ratio", None) is not None:
-        raise InputError(f"{type(model).__name__} drops and shuffles patches at random, so they have no fixed positions")
-    embedding = getattr(model, "patch_embed", None)
-    named = getattr(embedding, "patch_size", None)
-    if embedding is not None and hasattr(embedding, "feat_ratio"):  # timm: pixels per token, including a hybrid's stem
-        named = embedding.feat_ratio(as_scalar=False)
-    if named is None:
-        named = getattr(getattr(model, "config", None), "patch_size", None)  # transformers
-    if isinstance(named, int):
-        return named, named
-    if named is not None and len(named) == 2:
-        return int(named[0]), int(named[1])
-    _, first = first_convolution(model)
-    if first is not None and first.kernel_size == first.stride and max(first.stride) > 1:
-        return int(first.stride[0]), int(first.stride[1])
-    raise InputError(
-        f"cannot determine the patch size of {type(model).__name__}: it has no patch_embed.patch_size, no config.patch_size, "
-        "and no first convolution whose stride equals its kernel; pass grid=TokenGrid(...)"
-    )
-
-
-def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
-    """Path of the convolution that sees the image, and the convolution; an empty path and None if there is none."""
-    convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return next(convolutions, ("", None))
-
-
-def input_channels(model: nn.Module) -> int:
-    """Number of colour channels of the model's images; 3 if it has no convolution."""
-    _, first = first_convolution(model)
-    return 3 if first is None else first.in_channels
-
-
 def first_parameter(model: nn.Module) -> Tensor:
     """The first floating-point parameter, whose device and type stand for the model's; an empty tensor if there is none."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
@@ -277,11 +264,3 @@ def first_tensor(values: Any) -> Tensor | None:
     if not isinstance(values, list | tuple):
         values = (values,)
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
-
-
-def has_class_token(model: nn.Module) -> bool:
-    """Whether one of the model's parameters has a class token's name."""
-    return any(_CLASS_TOKEN.search(name) for name, _ in model.named_parameters())
-
-
-_CLASS_TOKEN = re.compile(r"(^|[._])(cls|class)(_?tok(en)?s?|_?embed(ding)?)?$")

@@ -10,11 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vit_probe.attention.intercept import ForwardStopped, evaluation_mode
 from vit_probe.errors import TokensNotFound
-from vit_probe.tokens.grid import TokenGrid, first_convolution, first_parameter, first_tensor
+from vit_probe.tokens.branches import BranchSum, is_list
+from vit_probe.tokens.grid import TokenGrid, first_parameter, first_tensor
 from vit_probe.tokens.locate import TokenLayout
+from vit_probe.tokens.patch_embedding import first_convolution
 
 __all__ = ["TokenObserver", "block_path", "patch_tokens", "token_hooks"]
 
@@ -77,14 +80,16 @@ def token_hooks(model: nn.Module, layout: TokenLayout, observers: Sequence[Token
         return
     paths = [block_path(model, layout, layer) for layer in range(len(layout.layers))]
     hooks = _BlockHooks(layout, [path in layout.seq_first for path in paths], observers)
-    handles = [
-        model.register_forward_pre_hook(hooks.before_model, with_kwargs=True),
-        model.register_forward_hook(hooks.after_model),
-    ]
+    handles = [model.register_forward_pre_hook(hooks.before_model, with_kwargs=True)]
     try:
+        in_lists = {path: layer for layer, path in enumerate(paths) if is_list(model.get_submodule(path))}
+        if in_lists:
+            handles += hooks.follow_branches(model, in_lists)
         for layer, path in enumerate(paths):
-            after_block = partial(hooks.after_block, layer)
-            handles.append(model.get_submodule(path).register_forward_hook(after_block, with_kwargs=True))
+            if path not in in_lists:
+                after_block = partial(hooks.after_block, layer)
+                handles.append(model.get_submodule(path).register_forward_hook(after_block, with_kwargs=True))
+        handles.append(model.register_forward_hook(hooks.after_model))
         yield
     finally:
         for handle in handles:
@@ -101,14 +106,65 @@ class _BlockHooks:
         self._num_images = 0
         self._next_layer = 0
         self._previous: Tensor | None = None  # the output of the block before
+        self._branches: BranchSum | None = None  # of the list of modules that is running
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         images = first_tensor((*args, *kwargs.values()))
         self._num_images = 0 if images is None else len(images)
-        self._next_layer, self._previous = 0, None
+        self._next_layer, self._previous, self._branches = 0, None, None
 
     def after_block(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._check_given(layer, first_tensor((*args, *kwargs.values())))
+        self._show(layer, first_tensor(output))
+
+    def follow_branches(self, model: nn.Module, in_lists: Mapping[str, int]) -> list[RemovableHandle]:
+        """Hook the modules of the blocks that are lists, and all modules that may get what such a block passes on."""
+        handles = []
+        for path, module in model.named_modules():
+            parent = path.rpartition(".")[0]
+            if parent in in_lists:
+                before = partial(self._before_branch, in_lists[parent])
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after_branch))
+            elif not any(path.startswith(f"{block}.") for block in in_lists):
+                handles.append(module.register_forward_pre_hook(self._before_other, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after_other))
+        return handles
+
+    def _before_branch(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = first_tensor((*args, *kwargs.values()))
+        if self._branches is not None and self._branches.layer != layer:
+            self._end_branches(given)
+        if self._branches is None:
+            self._check_given(layer, given)
+            self._branches = BranchSum(layer, given)
+        else:
+            self._branches.enter(given)
+
+    def _after_branch(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._branches is not None:
+            self._branches.leave(first_tensor(output))
+
+    def _before_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._branches is not None:
+            self._end_branches(first_tensor((*args, *kwargs.values())))
+
+    def _after_other(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._branches is not None:
+            self._end_branches(first_tensor(output))
+
+    def _end_branches(self, passed_on: Tensor | None) -> None:
+        """Take what the model passes on after a list of modules, if that is what they make of the tokens."""
+        branches, self._branches = self._branches, None
+        assert branches is not None
+        if not branches.makes(passed_on):
+            raise TokensNotFound(
+                f"what follows the modules around {self._layout.layers[branches.layer]} gets neither the sum of their outputs "
+                "and the tokens nor the last of these outputs, so what passes from layer to layer is not known"
+            )
+        self._show(branches.layer, passed_on)
+
+    def _check_given(self, layer: int, given: Tensor | None) -> None:
         # A module's output may be only a branch, which the model adds to the tokens itself (parallel attention in timm): it is
         # the tokens if the next block gets it.
         if layer != self._next_layer or not self._gets_previous_output(layer, given):
@@ -116,7 +172,8 @@ class _BlockHooks:
                 f"the block around {self._layout.layers[layer]} does not take the tokens from the block before it, so that "
                 "block's output is not what passes from layer to layer"
             )
-        tensor = first_tensor(output)
+
+    def _show(self, layer: int, tensor: Tensor | None) -> None:
         tokens = self._patches(layer, tensor)
         for observer in self._observers:
             observer.update_tokens(layer, tokens)
@@ -171,38 +228,55 @@ def patch_tokens(
         >>> grid.rows, grid.cols
         (4, 4)
     """
-    layer = max(after_layers - 1, 0)
-    path = block_path(model, layout, layer)
-    block = model.get_submodule(path)
-    captured: list[Any] = []
+    captured: list[Tensor] = []
+    if after_layers > 0:
+        observer = _TokensAfter(after_layers, captured)
+        with evaluation_mode(model), token_hooks(model, layout, [observer]), suppress(ForwardStopped):
+            model(images.to(first_parameter(model)))
+        return captured[0], layout.grid_of(after_layers - 1)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        captured.append(first_tensor((*args, *kwargs.values())))
+        if (given := first_tensor((*args, *kwargs.values()))) is not None:
+            captured.append(given)
         raise ForwardStopped
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        captured.append(first_tensor(output))
-        raise ForwardStopped
-
-    if after_layers == 0:
-        handle = block.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = block.register_forward_hook(after)
+    path = block_path(model, layout, 0)
+    block = model.get_submodule(path)
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        for module in (block.children() if is_list(block) else [block])
+    ]
     try:
         with evaluation_mode(model), suppress(ForwardStopped):
             model(images.to(first_parameter(model)))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     tensor = captured[0] if captured else None
-    return _select_patches(tensor, len(images), layout, layer, seq_first=path in layout.seq_first), layout.grid_of(layer)
+    return _select_patches(tensor, len(images), layout, 0, seq_first=path in layout.seq_first), layout.grid
+
+
+class _TokensAfter:
+    """Keeps the tokens after some layers, and ends the forward pass when the next block is known to have got them."""
+
+    def __init__(self, after_layers: int, kept: list[Tensor]) -> None:
+        self._after_layers = after_layers
+        self._kept = kept
+
+    def update_tokens(self, layer: int, tokens: Float[Tensor, "image patch dim"]) -> None:
+        if layer == self._after_layers - 1:
+            self._kept.append(tokens)
+        elif layer == self._after_layers:
+            raise ForwardStopped
 
 
 def block_path(model: nn.Module, layout: TokenLayout, layer: int) -> str:
     """Return the path of the block around an attention layer, such as `blocks.0` around `blocks.0.attn`.
 
-    It is the largest module with a forward pass of its own that holds neither another attention layer nor the first
-    convolution. In a model of one layer, where that may include the final normalisation, it is the largest such module that is
-    the only entry of a list, if there is any.
+    It is the largest module that holds neither another attention layer nor the first convolution. It has a forward pass
+    of its own, or it is a list in a list, such as `layers.0` of `layers.0.0` (the attention) and `layers.0.1` (the MLP): then
+    the model itself adds their outputs to the tokens. In a model of one layer, where the largest module may include the final
+    normalisation, it is the largest such module that is the only entry of a list, if there is any.
 
     Raises:
         TokensNotFound: If there is none: one module is called for several layers, or the model calls the attention itself.
@@ -214,8 +288,7 @@ def block_path(model: nn.Module, layout: TokenLayout, layer: int) -> str:
     candidates = []
     for length in range(1, len(parts) + 1):
         ancestor = ".".join(parts[:length])
-        is_list = type(model.get_submodule(ancestor)).forward is nn.Module.forward
-        if not is_list and not any(f"{other}.".startswith(f"{ancestor}.") for other in others):
+        if _may_be_block(model, ancestor) and not any(f"{other}.".startswith(f"{ancestor}.") for other in others):
             candidates.append(ancestor)
     if len(layout.layers) == 1:
         in_lists = [path for path in candidates if _is_list_of_one(model.get_submodule(path.rpartition(".")[0]))]
@@ -223,6 +296,12 @@ def block_path(model: nn.Module, layout: TokenLayout, layer: int) -> str:
     if candidates:
         return candidates[0]
     raise TokensNotFound(f"layer {layer} ({path or 'the model itself'}) of {type(model).__name__} has no block of its own")
+
+
+def _may_be_block(model: nn.Module, path: str) -> bool:
+    """Return whether a module has a forward pass of its own, or is a list of several modules in a list."""
+    module = model.get_submodule(path)
+    return not is_list(module) or (len(list(module.children())) > 1 and is_list(model.get_submodule(path.rpartition(".")[0])))
 
 
 def _is_list_of_one(module: nn.Module) -> bool:
@@ -251,7 +330,7 @@ def _select_patches(
             return tensor.flatten(1, 2)
         tokens = tensor.transpose(0, 1) if seq_first and len(shape) == 3 else tensor
         if len(shape) == 3 and tokens.shape[:2] == (num_images, grid.num_tokens):
-            return tokens[:, grid.num_prefix_tokens :]
+            return tokens[:, grid.patch_tokens]
     raise TokensNotFound(
         f"the block around {layout.layers[layer]} returns a tensor of shape {shape}, which does not hold the tokens of {grid}"
     )

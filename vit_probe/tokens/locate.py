@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -12,16 +13,23 @@ from torch import Tensor, nn
 
 from vit_probe.attention.hooks import check_attention_captured
 from vit_probe.attention.intercept import evaluation_mode
+from vit_probe.attention.wrappers import unrounded_activations, unwrap
 from vit_probe.errors import InputError
-from vit_probe.tokens.grid import TokenGrid, Windows, has_class_token, read_patch_size
+from vit_probe.tokens.class_token import find_class_token
+from vit_probe.tokens.footprint import (
+    CellResponses,
+    agrees_with_grid,
+    distinct_gains,
+    find_places,
+    mixing_gains,
+    show_own_cells,
+)
+from vit_probe.tokens.grid import TokenGrid, Windows
 from vit_probe.tokens.identity_attention import IdentityAttentionProbe, TokenPositions
+from vit_probe.tokens.patch_embedding import read_patch_size
+from vit_probe.tokens.unusable_models import explain_failure
 
 __all__ = ["TokenLayout", "locate_tokens"]
-
-# How far from its patch a change may peak, in the median over patches and relative to the grid's side. A stem spreads a change
-# over a few patches around its own; in a mirrored, rotated or shuffled order, most peaks are more than a third of a side away.
-_NEAR = 0.25
-_MIN_SIDE = 4  # patches; on smaller grids, a few patches are most of the side
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,12 @@ class TokenLayout:
     Attributes:
         grid: Where the tokens lie, in all layers that `windows` does not list.
         layers: Module path of each self-attention layer, in the order in which they run.
-        skipped: Module paths of attention that is not self-attention, with the reason.
+        skipped: Module paths of attention that is not among the layers, with the reason: it is not self-attention, or was not
+            seen.
         windows: Where the tokens lie in layers whose attention is not over all the tokens of `grid`: attention within windows,
             or after patches were merged. By layer number.
         seq_first: Module paths of whatever puts the tokens before the images (`batch_first=False`).
+        unfused: Module paths of those layers that compute their attention in code of their own, by a softmax.
 
     Examples:
         >>> from vit_probe import VisionTransformer, ViTConfig
@@ -51,6 +61,7 @@ class TokenLayout:
     skipped: dict[str, str]
     windows: dict[int, Windows]
     seq_first: frozenset[str]
+    unfused: list[str] = field(default_factory=list)
 
     def grid_of(self, layer: int) -> TokenGrid:
         """Return the grid of a layer: that of its windows if it has any, else the model's."""
@@ -58,7 +69,9 @@ class TokenLayout:
         return windows.grid if windows else self.grid
 
 
-def locate_tokens(model: nn.Module, height: int, width: int, *, grid: TokenGrid | None = None) -> TokenLayout:
+def locate_tokens(
+    model: nn.Module, height: int, width: int, *, grid: TokenGrid | None = None, channels: int | None = None
+) -> TokenLayout:
     """Find the self-attention layers of `model`, and where their tokens lie on images of `height` x `width` pixels.
 
     Only the patch size is read from the model. Everything else is found by running the model on coded images while each token
@@ -67,33 +80,35 @@ def locate_tokens(model: nn.Module, height: int, width: int, *, grid: TokenGrid 
     where their tokens lie. Prefix tokens and padding do not change with the image. This finds windows in any library, shifted
     and strided ones included, and patches that were merged between layers.
 
-    About ten images pass through the first layer (through all layers, if there are windows) and three through the whole model:
-    later layers over all tokens are checked with a single random code (except in our own models, whose order is known). The
-    model is left as it was.
+    About nine images pass through the first layer (through all layers up to the last one with windows). In later layers, each
+    token's place is read from three images in which every patch has changed a little, each in a proportion of its own, and
+    compared with that of the first image (except in our own models, whose order is known). The model is left as it was.
 
-    If a convolutional stem mixes neighbouring patches, codes cannot be read exactly. Then the numbers of patches and prefix
-    tokens are checked, and that a change to one patch has its largest effect on a token near it.
+    Where patches overlap or several convolutions mix them, codes cannot be read exactly. Then about fifteen images tell how
+    much of each query and key comes from each patch (see `vit_probe.tokens.footprint`), and each token must lie on its own
+    patch. A stem that mixes so many patches evenly that neighbours cannot be told apart is refused.
 
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
         height: Height of the images in pixels.
         width: Width of the images in pixels.
         grid: Where the patches lie, for a model whose patch size cannot be read from it. It is checked like any other.
+        channels: Number of channels of the images; that of the model's first convolution if None.
 
     Returns:
         The layers, the grid of the tokens and, where attention is within windows or after patches were merged, the windows.
 
     Raises:
         InputError: If the patch size cannot be read from the model, the number or the order of the tokens does not fit the
-            grid, the tokens of windows cannot be placed, the model does not take images of this size, or the attention of some
-            layers is not captured.
+            grid, so many patches are mixed that the order cannot be told, the tokens of windows cannot be placed, the model
+            does not take images of this size, or the attention of some layers is not captured.
 
     Examples:
         >>> from vit_probe import VisionTransformer, ViTConfig
         >>> model = VisionTransformer(ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3))
         >>> layout = locate_tokens(model, height=32, width=32)
-        >>> layout.grid
-        TokenGrid(rows=4, cols=4, patch_size=(8, 8), num_prefix_tokens=1, has_cls_token=True)
+        >>> layout.grid == TokenGrid(4, 4, (8, 8), num_prefix_tokens=1, has_cls_token=True)
+        True
         >>> layout.layers
         ['blocks.0.attn', 'blocks.1.attn']
         >>> layout.windows  # all layers attend over the whole grid
@@ -110,71 +125,134 @@ def locate_tokens(model: nn.Module, height: int, width: int, *, grid: TokenGrid 
         ...
         ...     def forward(self, images):
         ...         return self.layer(self.patches(images).flatten(2).transpose(1, 2))
-        >>> locate_tokens(Encoder(), height=32, width=32).grid
-        TokenGrid(rows=4, cols=8, patch_size=(8, 4), num_prefix_tokens=0, has_cls_token=False)
+        >>> locate_tokens(Encoder(), height=32, width=32).grid == TokenGrid(4, 8, (8, 4), 0, False)
+        True
     """
-    own_grid = getattr(model, "token_grid", None)
+    own_grid = getattr(unwrap(model), "token_grid", None)
     is_own = callable(own_grid)
     if grid is None and callable(own_grid):
         grid = own_grid(height, width)  # raises for sizes that do not divide into patches
+    with evaluation_mode(model), unrounded_activations(model):
+        probe = IdentityAttentionProbe(model, height, width, channels)
+        _probe_noise(probe, model, (height, width), channels)
+        try:
+            return _place_tokens(probe, model, (height, width), grid, is_own=is_own)
+        except InputError:
+            if not probe.repeats():
+                raise InputError(
+                    f"{type(model).__name__} gives the same image other tokens each time: it drops or shuffles patches at "
+                    "random, so they have no fixed positions; pass its encoder without masking (mask_ratio=0)"
+                ) from None
+            raise
+
+
+def _place_tokens(
+    probe: IdentityAttentionProbe, model: nn.Module, size: tuple[int, int], grid: TokenGrid | None, *, is_own: bool
+) -> TokenLayout:
+    """Return the layout of a model that has been shown noise, with the given grid or that which the model tells."""
     patch_size = grid.patch_size if grid else read_patch_size(model)
-    with evaluation_mode(model):
-        probe = IdentityAttentionProbe(model, height, width)
-        _probe_blank(probe, model, height, width)
-        first_shape = probe.blank_codes[0].shape
-        # Another number of tokens or windows than in the first layer, or several windows: to be decoded layer by layer.
-        windowed = [n for n, codes in probe.blank_codes.items() if len(codes) > 1 or codes.shape != first_shape]
-        probe.probe_noise(max(windowed, default=0) if is_own else len(probe.layers) - 1)
-        grid = _find_grid(model, (height, width), patch_size, probe, grid)
-        decoded = sorted({0, *windowed})
-        merges = {layer: _count_merges(probe, layer, grid) for layer in decoded}
-        positions = probe.decode_positions(patch_size, merges)
-        windows = {}
-        for layer in decoded:
-            if probe.noise_codes[layer].shape[:2] == (1, grid.num_tokens):
-                _check_order(probe, layer, grid, positions[layer])
-            else:
-                windows[layer] = _windows(probe, layer, grid, merges[layer], positions[layer])
-        is_mixed = bool(positions[0].mixed[probe.is_patch(0)].any())
-        # The random code has patches of the first layer's size, so it cannot be read after a merge.
-        unmerged = [layer for layer in probe.noise_codes if not merges.get(layer)]
-        later = [layer for layer in unmerged if layer not in decoded]
-        _check_random_code(probe, grid, unmerged, later=later, exact=not is_mixed)
-        if not probe.separates_images(last=max(windows, default=0)):
-            raise InputError(
-                f"{type(model).__name__} mixes the windows or heads of different images: it does not order them image by "
-                "image, so they cannot be told apart"
-            )
-    return TokenLayout(grid, probe.layers, probe.skipped, windows, frozenset(probe.seq_first))
+    num_layers, first_shape = len(probe.layers), probe.noise_codes[0].shape
+    # Another number of tokens or windows than in the first layer, or several windows: to be decoded layer by layer.
+    windowed = [n for n, codes in probe.noise_codes.items() if len(codes) > 1 or codes.shape != first_shape]
+    num_decoded = max(windowed, default=0) + 1
+    if probe.is_rounded and not is_own:
+        num_decoded = num_layers
+    probe.probe_blank(num_decoded - 1)
+    _check_finite(probe, probe.blank_codes)
+    is_given, grid = grid is not None, _find_grid(model, size, patch_size, probe, grid)
+    if not probe.probe_pixels(grid, num_decoded - 1):
+        raise InputError(
+            f"{type(model).__name__} mixes the windows or heads of different images: it does not order them image by "
+            "image, so they cannot be told apart"
+        )
+    merges = {layer: _count_merges(probe, layer, grid) if layer in windowed else 0 for layer in probe.blank_codes}
+    positions = probe.decode_positions(patch_size, {n: times for n, times in merges.items() if n not in probe.mixing})
+    # A stem that mixes patches does so for all layers; and if the first layer's patches do not mix on this grid, those of later
+    # layers were mixed between the layers.
+    if 0 in probe.mixing or not positions[0].mixed[probe.responding[0]].any():
+        probe.mixing.update(n for n, found in positions.items() if found.mixed[probe.responding[n]].any())
+    if is_own:
+        # The stem may mix so many patches that their order cannot be told; but it is known.
+        known = probe.mixing - set(windowed)
+        probe.mixing -= known
+        merges = {layer: times for layer, times in merges.items() if layer not in known}
+    windows: dict[int, Windows | None] = {}
+    for layer in merges.keys() - probe.mixing:
+        windows[layer] = _place_layer(probe, layer, grid, merges[layer], positions[layer])
+    later = range(num_decoded, num_layers) if not is_own else range(0)
+    if later and 0 in probe.mixing:
+        probe.mixing.update(later)
+    elif later:
+        _check_later_layers(probe, grid, later, follow=not is_given)
+    if probe.mixing:
+        gains, last = mixing_gains(grid.rows, grid.cols), max(probe.mixing)
+        responses = CellResponses(probe, grid, gains, last, follow=not is_given and last == num_layers - 1)
+        for layer in probe.mixing:
+            windows[layer] = _place_layer(probe, layer, grid, merges.get(layer, 0), responses)
+    if not is_given:
+        grid = _with_class_token(grid, model, probe)
+    some = {layer: found for layer, found in sorted(windows.items()) if found is not None}
+    return TokenLayout(grid, probe.layers, probe.skipped, some, frozenset(probe.seq_first), probe.unfused)
 
 
-def _probe_blank(probe: IdentityAttentionProbe, model: nn.Module, height: int, width: int) -> None:
+def _check_later_layers(probe: IdentityAttentionProbe, grid: TokenGrid, layers: range, *, follow: bool) -> None:
+    """Raise InputError unless the tokens of `layers` are in order; note those in which tokens mix patches in `probe.mixing`."""
+    responses = CellResponses(probe, grid, distinct_gains(grid.rows, grid.cols), layers[-1], follow=follow)
+    for layer in layers:
+        own = show_own_cells(responses, layer, grid.patch_tokens)
+        if own is None:
+            probe.mixing.add(layer)
+        elif not (own[0].all() and probe.responding[layer][0, grid.patch_tokens].all()):
+            raise InputError(_order_message(probe, layer, grid))
+        elif not own[1].all():
+            raise InputError(_not_self_attention_message(probe, layer))
+
+
+def _with_class_token(grid: TokenGrid, model: nn.Module, probe: IdentityAttentionProbe) -> TokenGrid:
+    """Return the grid with what can be told of its class token."""
+    if grid.num_tokens == grid.num_patches:
+        return replace(grid, has_cls_token=False)
+    whole = next(n for n, codes in probe.noise_codes.items() if codes.shape[:2] == (1, grid.num_tokens))
+    has_class_token, place = find_class_token(model, probe, whole, grid.patch_tokens)
+    return replace(grid, has_cls_token=has_class_token, class_token=place)
+
+
+def _probe_noise(probe: IdentityAttentionProbe, model: nn.Module, size: tuple[int, int], channels: int | None) -> None:
     """Make the first pass, which shows whether the model takes images of this size and whether its attention is captured."""
     try:
-        probe.probe_blank()
+        probe.probe_noise()
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (AssertionError, RuntimeError, ValueError) as error:  # what libraries raise for images of the wrong size
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{type(model).__name__} cannot take images of {height} x {width} pixels ({reason}); pass images of the size that "
-            "it was made for"
-        ) from error
+    except Exception as error:  # models raise all kinds of errors for what they do not expect
+        raise explain_failure(model, size, channels, error) from error
     check_attention_captured(model, probe)
+    _check_finite(probe, probe.noise_codes)
+
+
+def _check_finite(probe: IdentityAttentionProbe, codes: Mapping[int, Tensor]) -> None:
+    """Raise InputError if the queries or keys of a layer are NaN or infinite."""
+    for layer, of_layer in codes.items():
+        if not of_layer.isfinite().all():
+            raise InputError(
+                f"the queries or keys of {_layer_name(probe, layer)} are not finite: the model's weights hold NaN or infinity, "
+                "or its numbers overflow; a float16 model can be converted with .float() or .bfloat16()"
+            )
 
 
 def _find_grid(
     model: nn.Module, size: tuple[int, int], patch_size: tuple[int, int], probe: IdentityAttentionProbe, given: TokenGrid | None
 ) -> TokenGrid:
-    """Return the given grid, or that which follows from the patch size, if the first layer has as many patches."""
-    patches = int(probe.is_patch(0).sum())
-    # Windows may hold padding, but a layer over all tokens has exactly the patches and the prefix.
+    """Return the given grid, or that which follows from the patch size, if the first layer has as many patches.
+
+    What is found tells nothing of the class token.
+    """
+    patches = int(probe.responding[0].sum())
+    # Windows may hold padding, but a layer over all tokens has exactly the patches, the prefix and the suffix.
     over_all_tokens = (
-        codes.shape[1]
-        for layer, codes in probe.noise_codes.items()
-        if len(codes) == 1 and int(probe.is_patch(layer).sum()) == patches
+        layer for layer, is_patch in probe.responding.items() if len(is_patch) == 1 and int(is_patch.sum()) == patches
     )
-    tokens = next(over_all_tokens, patches)
+    whole = next(over_all_tokens, None)
+    tokens = patches if whole is None else probe.noise_codes[whole].shape[1]
     if given is not None:
         rows, cols = (length // patch for length, patch in zip(size, patch_size, strict=True))
         # Overlapping patches may be one fewer per side; a grid that is off by more belongs to images of another size.
@@ -193,8 +271,10 @@ def _find_grid(
     sides = [{length // patch, math.ceil(length / patch)} for length, patch in zip(size, patch_size, strict=True)]
     for rows, cols in itertools.product(*sides):
         if rows * cols == patches:
-            prefix = tokens - patches
-            return TokenGrid(rows, cols, patch_size, prefix, prefix > 0 and has_class_token(model))
+            if whole is None or tokens == patches:
+                return TokenGrid(rows, cols, patch_size, 0, None)
+            suffix = tokens - 1 - int(probe.responding[whole][0].nonzero().max())
+            return TokenGrid(rows, cols, patch_size, tokens - patches - suffix, None, num_suffix_tokens=suffix)
     rows, cols = (length // patch for length, patch in zip(size, patch_size, strict=True))
     raise InputError(
         f"images of {size[0]} x {size[1]} pixels make {rows} x {cols} patches of {patch_size[0]} x {patch_size[1]}, but "
@@ -202,64 +282,62 @@ def _find_grid(
     )
 
 
-def _check_order(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, positions: TokenPositions) -> None:
-    """Raise InputError unless the prefix tokens come first and then the patches row by row."""
-    first = grid.num_prefix_tokens
-    is_patch, index = probe.is_patch(layer)[0, first:], positions.index[:, 0, first:]
-    if positions.mixed[0, first:].any():
-        in_order = bool(is_patch.all()) and _changes_peak_nearby(probe, grid)
+def _place_layer(
+    probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, merges: int, evidence: TokenPositions | CellResponses
+) -> Windows | None:
+    """Return where the tokens of a layer lie; None if it attends over all tokens, in order.
+
+    Args:
+        probe: The model.
+        layer: Number of the layer.
+        grid: Of the first layer.
+        merges: How often patches were merged before the layer.
+        evidence: `TokenPositions` of a layer whose tokens show one patch each, else `CellResponses`.
+    """
+    windows = None
+    if probe.noise_codes[layer].shape[:2] == (1, grid.num_tokens):
+        _check_order(probe, layer, grid, evidence)
     else:
-        in_order = bool(is_patch.all()) and torch.equal(index, _row_by_row(grid))
-    if not in_order:
+        windows = _windows(probe, layer, grid, merges, evidence)
+    if isinstance(evidence, TokenPositions) and evidence.keys_differ[probe.responding[layer]].any():
+        raise InputError(_not_self_attention_message(probe, layer))
+    return windows
+
+
+def _check_order(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, evidence: TokenPositions | CellResponses) -> None:
+    """Raise InputError unless the prefix tokens come first and then the patches row by row, and then the suffix tokens."""
+    tokens = grid.patch_tokens
+    is_patch = probe.responding[layer][0, tokens]
+    if isinstance(evidence, CellResponses):
+        if not (is_patch.all() and agrees_with_grid(evidence, layer, tokens)):
+            raise InputError(
+                f"{_order_message(probe, layer, grid)}, or what precedes it mixes too many patches to tell; "
+                "if another patch size is right, pass grid=TokenGrid(...)"
+            )
+        return
+    index, mixed = evidence.index[:, 0, tokens], evidence.mixed[0, tokens]
+    if mixed.any():
+        raise InputError(
+            f"{_order_message(probe, layer, grid)}: {int(mixed.sum())} of its tokens show parts of several such patches; if "
+            "another patch size is right, pass grid=TokenGrid(...)"
+        )
+    if not is_patch.all() or not torch.equal(index, _row_by_row(grid)):
         first_four = zip(*index[:, :4].tolist(), is_patch[:4].tolist(), strict=True)
         listed = ", ".join(f"({row}, {col})" if patch else "none" for row, col, patch in first_four)
         raise InputError(_order_message(probe, layer, grid) + f"; after the prefix come the patches {listed}, ...")
 
 
-def _changes_peak_nearby(probe: IdentityAttentionProbe, grid: TokenGrid) -> bool:
-    """Return whether a change to one patch is largest in a token near it, in the median over some patches."""
-    if min(grid.rows, grid.cols) < _MIN_SIDE:
-        return True
-    shifts = []
-    # Most of these patches are away from the middle and the diagonals, where a mirrored or transposed order changes little.
-    for row, col in itertools.product((0.1, 0.3, 0.6), (0.2, 0.5, 0.9)):
-        place = torch.tensor([int(row * grid.rows), int(col * grid.cols)])
-        is_noise = torch.ones(grid.rows, grid.cols, dtype=torch.bool)
-        is_noise[tuple(place)] = False
-        change = probe.codes(probe.pixels_of(is_noise, grid), last=0)[0] - probe.noise_codes[0]
-        peak = int(change.norm(dim=-1)[0, grid.num_prefix_tokens :].argmax())
-        shifts.append((_row_by_row(grid)[:, peak] - place).double() / torch.tensor([grid.rows, grid.cols]))
-    return bool(torch.stack(shifts).abs().amax(dim=1).median() <= _NEAR)
-
-
-def _check_random_code(
-    probe: IdentityAttentionProbe, grid: TokenGrid, layers: list[int], *, later: list[int], exact: bool
-) -> None:
-    """Raise InputError unless in all `layers` keys belong to their queries, and in the `later` ones tokens are in order.
-
-    One image is shown, in which a random half of the patches is noise. If the stem mixes patches (not `exact`), the check is
-    only that the patches of the `later` layers depend on the image.
-    """
-    first = grid.num_prefix_tokens
-    is_noise = torch.rand(grid.rows, grid.cols, generator=torch.Generator().manual_seed(0)) < 0.5
-    codes = probe.codes(probe.pixels_of(is_noise, grid), last=max(probe.noise_codes)) if exact else {}
-    for layer in layers:
-        if layer in later:
-            is_patch = probe.is_patch(layer)[0, first:]
-            in_order = not exact or torch.equal(probe.shows_noise(layer, codes[layer])[0, first:], is_noise.flatten())
-            if not is_patch.all() or not in_order:
-                raise InputError(_order_message(probe, layer, grid))
-        # Cross-attention between sequences of the same length looks like self-attention in everything but this.
-        if exact and not probe.keys_match_queries(layer, codes[layer]):
-            raise InputError(
-                f"{_layer_name(probe, layer)} is not self-attention, though it has as many keys as queries: its keys come from "
-                "other patches than its queries"
-            )
-
-
 def _order_message(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid) -> str:
     name = _layer_name(probe, layer)
     return f"{name} does not order its tokens as {grid} says, prefix tokens first and then the patches row by row"
+
+
+def _not_self_attention_message(probe: IdentityAttentionProbe, layer: int) -> str:
+    # Cross-attention between sequences of the same length looks like self-attention in everything but this.
+    return (
+        f"{_layer_name(probe, layer)} is not self-attention, though it has as many keys as queries: its keys come from other "
+        "patches than its queries"
+    )
 
 
 def _layer_name(probe: IdentityAttentionProbe, layer: int) -> str:
@@ -274,7 +352,7 @@ def _row_by_row(grid: TokenGrid) -> Int[Tensor, "2 patch"]:
 
 def _count_merges(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid) -> int:
     """Return how often patches were merged two by two before a layer, judging by how many patches it has."""
-    patches = int(probe.is_patch(layer).sum())
+    patches = int(probe.responding[layer].sum())
     for merges in range(max(grid.rows, grid.cols).bit_length() + 1):
         if _merged_grid(grid, merges).num_patches == patches:
             return merges
@@ -287,13 +365,20 @@ def _merged_grid(grid: TokenGrid, merges: int) -> TokenGrid:
     return TokenGrid(math.ceil(grid.rows / factor), math.ceil(grid.cols / factor), (height * factor, width * factor), 0, False)
 
 
-def _windows(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, merges: int, positions: TokenPositions) -> Windows:
+def _windows(
+    probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, merges: int, evidence: TokenPositions | CellResponses
+) -> Windows:
     """Return where the tokens lie of a layer that attends within windows, or after patches were merged."""
     merged = _merged_grid(grid, merges)
-    row, col = positions.index
-    is_patch = probe.is_patch(layer)
-    numbers = (row * merged.cols + col).masked_fill(~is_patch, -1)
-    if positions.mixed[is_patch].any() or sorted(numbers[is_patch].tolist()) != list(range(merged.num_patches)):
+    is_patch = probe.responding[layer]
+    if isinstance(evidence, CellResponses):
+        numbers = find_places(evidence, layer, is_patch, merges)
+    else:
+        row, col = evidence.index
+        numbers = (row * merged.cols + col).masked_fill(~is_patch, -1)
+        if evidence.mixed[is_patch].any() or sorted(numbers[is_patch].tolist()) != list(range(merged.num_patches)):
+            numbers = None
+    if numbers is None:
         raise InputError(_not_placed_message(probe, layer))
     return Windows(merged, numbers, probe.masked_pairs.get(layer))
 

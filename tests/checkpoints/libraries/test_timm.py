@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "SwinTransformer", {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
     ),
     "vit_base_patch16_siglip_224": ("VisionTransformer", TINY),
-    "vit_so400m_patch16_siglip_gap_256": ("VisionTransformer", TINY),
+    "vit_so400m_patch16_siglip_gap_256": ("VisionTransformer", TINY | {"act_layer": "relu"}),
     "beit_base_patch16_224": ("Beit", TINY | {"num_classes": 5}),
     "hiera_tiny_224": ("Hiera", {"stages": (1, 1, 1, 1), "num_classes": 5}),  # its width does not determine the number of heads
     "samvit_base_patch16": ("VisionTransformerSAM", TINY | {"img_size": 1024, "global_attn_indexes": (1,)}),
@@ -104,15 +104,14 @@ def test_our_own_model_where_it_covers_the_architecture(tmp_path: Path) -> None:
 
 
 def test_warnings_about_assumptions_concern_our_own_model_only(tmp_path: Path) -> None:
-    for architecture in (
-        "eva02_tiny_patch14_224",
-        "vit_tiny_patch16_224",
-    ):  # both 192 wide, in files without the number of heads
+    for architecture in ("eva02_tiny_patch14_224", "vit_tiny_patch16_224"):  # in files without the number of heads
         timm.models.save_for_hf(timm.create_model(architecture, depth=1), tmp_path / architecture, safe_serialization=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert type(load_model(tmp_path / "eva02_tiny_patch14_224")).__name__ == "Eva"
     assert not [warning for warning in caught if issubclass(warning.category, AssumptionWarning)]
+    config = json.loads((tmp_path / "vit_tiny_patch16_224/config.json").read_text())
+    (tmp_path / "vit_tiny_patch16_224/config.json").write_text(json.dumps(config | {"architecture": "vit_tiny_mine"}))
     with pytest.warns(AssumptionWarning, match="3 are assumed, as in published models of width 192"):
         assert load_model(tmp_path / "vit_tiny_patch16_224").config.num_heads == 3
 

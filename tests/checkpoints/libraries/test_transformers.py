@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tests.checkpoints.libraries.conftest import change
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
+from vit_probe.checkpoints.libraries.transformers import _agree, _test_images
 from vit_probe.data.preprocessing import IMAGENET_MEAN, Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.models.vit import VisionTransformer
@@ -59,8 +61,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, dict[str, Any]], 
         {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
         ("ViTImageProcessor", {"size": {"height": 64, "width": 64}}), "SwinModel", "swin"
     ),
-    "ViT with another GELU": (
-        "ViTForImageClassification", "ViTConfig", VISION | {"hidden_act": "gelu_new"}, ("ViTImageProcessor", SQUARE),
+    "ViT with ReLU": (
+        "ViTForImageClassification", "ViTConfig", VISION | {"hidden_act": "relu"}, ("ViTImageProcessor", SQUARE),
         "ViTModel", "vit"
     ),
 }  # fmt: skip
@@ -128,6 +130,19 @@ def test_without_a_processor_imagenets_preprocessing_is_assumed(tmp_path: Path) 
     with pytest.warns(AssumptionWarning, match="assumed, .*shorter side to 55 pixels and cutting 48 x 48 "):
         prepared = load_model(tmp_path).preprocessing
     assert prepared == Preprocessing.imagenet((48, 48))
+
+
+def test_a_crop_that_is_one_pixel_off_is_noticed(tmp_path: Path) -> None:
+    _, processor = _save("CLIP", tmp_path)
+    for crop in (45, 46, 47, 48):  # margins of 15 to 12 pixels beside the shorter side, and of any remainder beside the longer
+        processor = type(processor)(**CROPPED | {"crop_size": {"height": crop, "width": crop}})
+        processor.save_pretrained(tmp_path)
+        ours = load_model(tmp_path).preprocessing
+        assert (ours.size, ours.crop_rounding) == ((crop, crop), "down")
+        other = replace(ours, crop_rounding="half_to_even")
+        agreeing = [[_agree(prepare, processor, image) for image in _test_images(ours)] for prepare in (ours, other)]
+        assert all(agreeing[0])
+        assert not all(agreeing[1])
 
 
 def test_sams_image_encoder(tmp_path: Path, photograph: Image.Image) -> None:
@@ -206,7 +221,8 @@ def test_mae_is_ours_without_its_decoder(decoder: bool, tmp_path: Path) -> None:
         theirs = (saved.vit if decoder else saved)(images(48), noise=torch.arange(36.0).expand(2, -1)).last_hidden_state
         assert_same(ours.forward_features(images(48)), theirs)
     (tmp_path / "preprocessor_config.json").unlink()
-    assert load_model(tmp_path).preprocessing == Preprocessing((48, 48), (48, 48), interpolation="bilinear")
+    usual = Preprocessing((48, 48), (48, 48), interpolation="bilinear", crop_rounding="down")
+    assert load_model(tmp_path).preprocessing == usual
 
 
 def test_a_pooler_is_left_out_where_the_file_has_none(tmp_path: Path) -> None:
@@ -307,7 +323,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     _save("DINOv3", tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
-    with pytest.raises(InputError, match="the weights do not load into DINOv3ViTModel: "):
+    with pytest.raises(InputError, match="is not a complete safetensors file"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "preprocessor_config.json").write_text("{")

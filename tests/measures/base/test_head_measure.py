@@ -87,7 +87,7 @@ def test_the_attention_within_windows() -> None:
 
 def test_attention_that_a_user_makes_has_offsets_and_alignment() -> None:
     weights = torch.tensor(random_attention(GRID, layers=1)[0])
-    alone = PatchAttention(weights[:, :, 5:8], 2, GRID, slice(5, 8))
+    alone = PatchAttention(weights[:, :, 5:8], GRID, slice(5, 8))
     assert alone.dx[0].tolist() == [-18, -12, -6, 0] * 3  # from patch 3, the last of its row
     assert alone.dy[1].tolist() == [-8] * 4 + [0] * 4 + [8] * 4  # from patch 4, the first of the second row
     aligned = alone.align(alone.to_patches).total

@@ -104,7 +104,7 @@ def test_values_of_single_images_are_kept_where_there_are_any() -> None:
     assert alike.per_image["token_similarity"].shape == (3, 2)
     assert "per_image" not in rollout.provenance["options"]
     some, none = measure(small_vit(), images(), [partial(local_mass, per_image=True), local_mass], device="cpu")
-    assert (list(some.per_image), list(none.per_image)) == (["local_mass", "patch_mass"], [])
+    assert (list(some.per_image), list(none.per_image)) == (["local_mass", "patch_mass", "excluded"], [])
 
 
 # What is no measure

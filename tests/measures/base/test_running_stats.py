@@ -29,7 +29,7 @@ def test_any_split_gives_the_moments_of_all_in_any_order(parts: list[int], offse
         for row in rows:
             part.merge(RunningStats.from_samples(row[None]))
         together.merge(part)
-    assert together.count == len(values)
+    np.testing.assert_array_equal(together.count, np.full((2, 3), len(values)))
     np.testing.assert_allclose(together.mean, values.mean(axis=0), rtol=1e-12, atol=1e-12)
     if len(values) > 1:
         np.testing.assert_allclose(together.std(), values.std(axis=0, ddof=1), rtol=1e-6)
@@ -107,8 +107,23 @@ def test_layers_of_different_numbers_of_images() -> None:
         layers.averages()
 
 
-def test_means_that_are_not_finite() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_told_at_once(value: float) -> None:
     layers = LayerStats("values")
-    layers.add(0, "blocks.0", {"a": np.array([[1.0], [np.nan]])})
     with pytest.raises(InputError, match="values are not all finite"):
-        layers.averages()
+        layers.add(0, "blocks.0", {"a": np.array([[1.0], [value]])})
+
+
+def test_values_that_some_images_lack() -> None:
+    values = np.ma.masked_invalid([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan], [8.0, np.nan]])
+    layers = LayerStats("values", per_image=True)
+    for part in np.split(values, [1, 3]):
+        layers.add(0, "blocks.0", {"a": part, "b": np.ones((len(part), 1))})
+    restored = LayerStats("values", per_image=True)
+    restored.restore(layers.state())
+    for averages in (layers.averages(), restored.averages()):
+        assert averages.num_images == 4
+        np.testing.assert_allclose(averages.values["a"], [[4, np.nan]])
+        np.testing.assert_allclose(averages.std["a"], [[np.std([1, 3, 8], ddof=1), np.nan]])
+        np.testing.assert_allclose(averages.confidence["a"], [[stats.t.interval(0.95, 2, 0, stats.sem([1, 3, 8]))[1], np.nan]])
+        np.testing.assert_array_equal(averages.per_image["a"][:, 0], values.filled(np.nan))

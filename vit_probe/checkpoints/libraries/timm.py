@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from vit_probe.checkpoints.files import read_folder
 from vit_probe.checkpoints.import_library import import_library, one_line, suggest_similar
 from vit_probe.checkpoints.libraries import finish_model
 from vit_probe.checkpoints.timm import preprocessing_from_config
@@ -38,12 +40,27 @@ def load_folder(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         raise InputError(f"timm {timm.__version__} has no architecture {architecture}{similar}; a newer timm may have it")
     with _collect_missing_parameters() as missing, _fused_attention(timm):
         try:
+            _check_size(timm, folder)
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except Exception as error:  # whatever a file's content makes timm or torch raise
             raise InputError(f"the weights do not load into {architecture}: {one_line(error)}") from None
     if missing:
         raise InputError(f"the weights are incomplete for {architecture}: {'; '.join(missing)}")
     return finish_model(model, preprocessing_from_config(timm.data.resolve_model_data_config(model)))
+
+
+def _check_size(timm: Any, folder: Path) -> None:
+    """Check that the configured model is not far larger than its weights, before memory is taken for it.
+
+    It may be somewhat larger, because timm interpolates position tables.
+    """
+    with torch.device("meta"):
+        planned = sum(
+            parameter.numel() for parameter in timm.create_model(f"local-dir:{folder}", pretrained=False).parameters()
+        )
+    held = sum(tensor.numel() for tensor in read_folder(folder).values())
+    if planned > 4 * held:
+        raise ValueError(f"config.json describes a model of {planned} parameters, but the weights hold {held}")
 
 
 @contextmanager

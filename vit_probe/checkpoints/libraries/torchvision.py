@@ -47,7 +47,8 @@ def load(name: str, overrides: Mapping[str, Any]) -> nn.Module:
     if matches(state):
         with torch.device("meta"):  # without memory for its parameters: only the number of heads is read off it
             num_heads = models.get_model(model_name, weights=None).encoder.layers[0].num_heads
-        return replace(from_state_dict(state, {"num_heads": num_heads} | dict(overrides)), preprocessing=preprocessing).build()
+        checkpoint = from_state_dict(state, {"num_heads": num_heads} | dict(overrides), name=weights.url)
+        return replace(checkpoint, preprocessing=preprocessing).build()
     try:
         # torchvision sets what else its weights need (their number of classes, for example). It reads the file that was just
         # found to be safe.

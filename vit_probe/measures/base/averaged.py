@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from vit_probe.errors import InputError
 from vit_probe.measures.base.running_stats import LayerStats
@@ -70,14 +71,29 @@ class AveragedResult(Result):
 
     unit: str
     label: str
-    values: dict[str, np.ndarray]
-    std: dict[str, np.ndarray]
-    confidence: dict[str, np.ndarray]
-    per_image: dict[str, np.ndarray]
-    names: list[str]
-    modules: list[str]
+    values: dict[str, Float[np.ndarray, "layer ..."]]
+    std: dict[str, Float[np.ndarray, "layer ..."]]
+    confidence: dict[str, Float[np.ndarray, "layer ..."]]
+    per_image: dict[str, Float[np.ndarray, "image layer ..."]]
+    names: Annotated[list[str], "image"]
+    modules: Annotated[list[str], "layer"]
     num_images: int
     options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raise InputError if the parts of the result do not fit together."""
+        super().__post_init__()
+        values, std, confidence, per_image = (
+            {name: array.shape for name, array in part.items()}
+            for part in (self.values, self.std, self.confidence, self.per_image)
+        )
+        kept = {name: (self.num_images, *shape) for name, shape in values.items()} if per_image else {}
+        num_names = self.num_images if per_image else 0
+        if not values or (std, confidence, per_image, len(self.names)) != (values, values, kept, num_names):
+            raise InputError(
+                f"values of shapes {values} do not fit standard deviations {std}, confidence intervals {confidence} and values "
+                f"per image {per_image} of {self.num_images} images with {len(self.names)} names"
+            )
 
     def __getattr__(self, name: str) -> np.ndarray:
         """The named value."""

@@ -13,7 +13,7 @@ from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import SHARED_OPTIONS
 from vit_probe.measures.base.per_head import HeadResult, PerHead
 from vit_probe.measures.base.reduce import PatchAttention, QueryMeans, ReceivedMeans, read_only
-from vit_probe.measures.base.registry import MeasureFunction, keyword_defaults, register
+from vit_probe.measures.base.registry import MeasureFunction, keyword_defaults, name_of, register
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid, Windows
 
@@ -67,7 +67,7 @@ def head_measure(
         raise InputError(f"attention must be one of paid, received; got {attention!r}")
 
     def decorate(function: Callable[..., Values]) -> MeasureFunction[HeadResult]:
-        own = name or function.__name__
+        own = name_of(function) if name is None else name
         defaults = keyword_defaults(function)
 
         def observer(

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from jaxtyping import Shaped, jaxtyped
 
 from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import exports
@@ -19,6 +24,7 @@ __all__ = ["load_result"]
 
 # Results of measures that users define have one of these types, whatever their measure is called.
 _GENERAL = {"HeadResult": HeadResult, "LayerResult": LayerResult}
+_PROVENANCE: dict[str, type] = {"model": dict, "images": dict, "grid": dict, "skipped": dict, "options": dict, "versions": dict}
 
 
 def load_result(path: str | Path) -> Result:
@@ -29,7 +35,8 @@ def load_result(path: str | Path) -> Result:
     with values per head or per layer, or else as a `GenericResult`.
 
     Raises:
-        InputError: If the file does not exist, or is not a result.
+        InputError: If the file does not exist, is not a result, or is damaged: if a field has another type, or an array another
+            shape.
 
     Examples:
         >>> import torch
@@ -44,13 +51,58 @@ def load_result(path: str | Path) -> Result:
     name = values["measure"]
     known = result_class(name) or _unregistered(name, kind) or _GENERAL.get(kind) or _by_fields(values)
     if known is None:
-        provenance = values.pop("provenance", {})
-        return GenericResult(measure=values.pop("measure"), provenance=provenance, contents=values)
+        known = GenericResult
+        values = {"measure": name, "provenance": values.pop("provenance", {}), "contents": values}
+        values["contents"].pop("measure")
     expected = {field.name for field in fields(known)}
     if expected != values.keys():
         odd = ", ".join(sorted(expected ^ values.keys()))
         raise InputError(f"{path} is not a result of {name} as this version writes it: {odd} differ; measure again")
-    return known(**values)
+    try:
+        result = known(**values)
+        _check_types(result)
+    except Exception as error:  # whatever damaged values raise where they are used
+        raise InputError(f"{path} is damaged ({error}); measure again") from None
+    return result
+
+
+def _check_types(result: Result) -> None:
+    """Raise TypeError unless every field has its type, and axes of one name have one length."""
+    try:
+        hints = get_type_hints(type(result), include_extras=True)
+    except NameError:  # a user's class may name types that only type checkers import
+        return
+    with jaxtyped("context"):
+        for field in fields(result):
+            value, hint = getattr(result, field.name), hints[field.name]
+            if not _fits(value, hint):
+                got = f"an array of {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else repr(value)[:80]
+                raise TypeError(f"{field.name} is {got}")
+    for name, kind in _PROVENANCE.items():
+        if not isinstance(result.provenance.get(name, kind()), kind):
+            raise TypeError(f"provenance has {name} {result.provenance[name]!r:.80}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, in its parts, too."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:  # a list along an axis of arrays
+        return _fits(value, args[0]) and isinstance(np.empty(len(value)), Shaped[np.ndarray, args[1]])
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, args[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, args[1]) for one in value.values())
+    if hint is Any:
+        return True
+    if hint is int:  # counts and indices
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, hint)
 
 
 def _by_fields(values: Mapping[str, Any]) -> type[Result] | None:

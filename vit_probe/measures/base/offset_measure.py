@@ -12,7 +12,7 @@ from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import PREFIXES, SHARED_OPTIONS
 from vit_probe.measures.base.per_head import HeadResult, PerHead
 from vit_probe.measures.base.reduce import OffsetMeans, QueryMeans
-from vit_probe.measures.base.registry import MeasureFunction, keyword_defaults, register
+from vit_probe.measures.base.registry import MeasureFunction, keyword_defaults, name_of, register
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import OffsetFunction, OffsetTable, TokenGrid, Windows
 
@@ -63,7 +63,7 @@ def offset_measure(
         raise InputError(f"offsets must be one of pixels, patches; got {offsets!r}")
 
     def decorate(function: Callable[..., Tensor]) -> MeasureFunction[HeadResult]:
-        own = name or function.__name__
+        own = name_of(function) if name is None else name
         defaults = keyword_defaults(function)
 
         def observer(

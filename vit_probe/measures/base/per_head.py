@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vit_probe.attention.tiles import AttentionTile
 from vit_probe.errors import InputError
@@ -37,8 +37,8 @@ class HeadResult(AveragedResult):
         num_windows: (layer), windows that attention is kept within; 1 where it is over the whole image.
     """
 
-    uniform: dict[str, np.ndarray]
-    num_windows: np.ndarray
+    uniform: dict[str, Float[np.ndarray, "layer"]]
+    num_windows: Int[np.ndarray, "layer"]
 
     def __getattr__(self, name: str) -> np.ndarray:
         """The named value; `uniform_NAME` is what uniform attention has."""
@@ -51,8 +51,11 @@ class HeadResult(AveragedResult):
         """One row per head: layer, module, head, the first value with its `std` and `confidence`, the other values, the first
         value of uniform attention (`uniform_NAME`), num_windows, num_images. Maps are left out.
 
-        Its `attrs["skipped"]` names the attention of the model that is not self-attention and so not in the table, with the
-        reason.
+        Where attention on patches is rescaled, queries whose weights on patches all round to 0 are left out of the mean.
+        `excluded` is their share; there is no such column where there are none.
+
+        Its `attrs["skipped"]` names the attention of the model that is not in the table, with the reason (such as that it is
+        not self-attention). `attrs["unfused"]` names the layers whose attention was seen at a softmax in the model's own code.
 
         Args:
             per_image: Return one row per image, layer and head instead: image, name, layer, module, head and the values.
@@ -61,8 +64,10 @@ class HeadResult(AveragedResult):
             InputError: If the values of single images are asked for and were not kept.
         """
         scalars = [name for name, values in self.values.items() if values.ndim == 2]
-        first = self.values[self.main]
-        layer, head = np.nonzero(~np.isnan(first.reshape(*first.shape[:2], -1)[..., 0]))
+        if "excluded" in scalars and not np.nansum(self.values["excluded"]):
+            scalars.remove("excluded")
+        # A head of which every query is excluded has no first value, but others.
+        layer, head = np.nonzero(np.any([~np.isnan(values) for values in self.values.values() if values.ndim == 2], axis=0))
         columns = {"layer": layer, "module": np.asarray(self.modules, dtype=object)[layer], "head": head}
         if per_image:
             return self._table_per_image(columns, (layer, head), *scalars)
@@ -71,6 +76,7 @@ class HeadResult(AveragedResult):
             frame[f"uniform_{scalars[0]}"] = self.uniform[scalars[0]][layer]
         frame["num_windows"], frame["num_images"] = self.num_windows[layer], self.num_images
         frame.attrs["skipped"] = self.provenance.get("skipped", {})
+        frame.attrs["unfused"] = self.provenance.get("unfused", [])
         return frame
 
     def summary(self) -> pd.DataFrame:
@@ -107,7 +113,7 @@ class HeadResult(AveragedResult):
             *(
                 (name.replace("_", " "), "share", float(np.nanmean(values)))
                 for name, values in self.values.items()
-                if values.ndim == 2 and name not in (self.main, "patch_mass")
+                if values.ndim == 2 and name not in (self.main, "patch_mass", "excluded")
             ),
         ]
 

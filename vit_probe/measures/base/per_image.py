@@ -45,8 +45,14 @@ class PerImageMaps(ABC):
         self._before = len(self._maps)
 
     def end_batch(self) -> None:
-        """Count the batch in."""
+        """Count the batch in.
+
+        Raises:
+            InputError: If its maps hold NaN or infinity.
+        """
         self._finish_batch()
+        for maps in self._maps[self._before :]:
+            check_finite(maps, self.display_name)
 
     def roll_back(self) -> None:
         """Forget everything since `begin_batch`, also where the batch had ended."""

@@ -17,7 +17,7 @@ from vit_probe.measures.base.averaged import AveragedResult, AveragingMeasure
 from vit_probe.measures.base.discovery import SHARED_OPTIONS
 from vit_probe.measures.base.hidden_states import HiddenStateMeasure
 from vit_probe.measures.base.reduce import check_values, read_only
-from vit_probe.measures.base.registry import MeasureFunction, register
+from vit_probe.measures.base.registry import MeasureFunction, name_of, register
 from vit_probe.results import KeyNumber
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid
@@ -127,7 +127,7 @@ def layer_measure(
     """
 
     def decorate(function: Callable[..., Values]) -> MeasureFunction[LayerResult]:
-        own = name or function.__name__
+        own = name_of(function) if name is None else name
 
         def start(run: AttentionRun, *, per_image: bool, **options: Any) -> LayerMeasure:
             grids = [run.layout.grid_of(layer) for layer in range(len(run.layers))]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vit_probe.attention.tiles import AttentionTile, Workspace
@@ -26,6 +26,7 @@ __all__ = [
     "ReceivedAttention",
     "ReceivedMeans",
     "check_values",
+    "has_mass",
     "read_only",
     "wide",
 ]
@@ -42,22 +43,23 @@ class PatchAttention:
 
     Args:
         weights: Softmax weights over all tokens; each row sums to 1. Do not write to it: the memory is shared.
-        num_prefix_tokens: Number of prefix tokens (class token, registers), which come first.
-        grid: Where the patches of this layer lie.
+        grid: Where the tokens of this layer lie.
         patch_index: Which patch each token of a window is, counted row by row, -1 for padding; None where attention is over
             the whole image, whose patches follow the prefix tokens row by row.
         query_index: Which tokens the queries are.
 
     Attributes:
         to_patches: (image, head, query, patch), the weights on patches; in a window on all its tokens, 0 on padding.
-        to_prefix: (image, head, query, prefix), the weights on prefix tokens; in a window the sum over its padding.
+        to_prefix: (image, head, query, prefix), the weights on prefix tokens; in a window the sum over its padding. What is
+            missing to a sum of 1 with the patches goes to suffix tokens, of which few models have any.
         to_self: (image, head, query), the weight of each query on itself.
+        renormalized: `to_patches`, rescaled to sum to 1 for each query; 0 for queries without `has_patch_mass`.
+        has_patch_mass: (image, head, query), which queries give patches so much weight that rounding to 0 does not distort it.
         dx, dy: (query, patch), offsets in pixels from each query to each patch, as `to_patches` has them; dx grows to the
             right and dy downwards. In windows (window, 1, query, token).
     """
 
     weights: Float[Tensor, "image head query token"]
-    num_prefix_tokens: int
     grid: TokenGrid
     query_index: slice
     patch_index: Int[Tensor, "image token"] | None = None
@@ -66,14 +68,23 @@ class PatchAttention:
     @cached_property
     def to_patches(self) -> Float[Tensor, "image head query patch"]:
         if self.patch_index is None:
-            return self.weights[..., self.num_prefix_tokens :]
+            return self.weights[..., self.grid.patch_tokens]
         return self.weights * self._is_patch
 
     @cached_property
     def to_prefix(self) -> Float[Tensor, "image head query prefix"]:
         if self.patch_index is None:
-            return self.weights[..., : self.num_prefix_tokens]
+            return self.weights[..., : self.grid.num_prefix_tokens]
         return (self.weights * ~self._is_patch).sum(dim=-1, keepdim=True)
+
+    @cached_property
+    def has_patch_mass(self) -> Bool[Tensor, "image head query"]:
+        return has_mass(self.to_patches.sum(dim=-1))
+
+    @cached_property
+    def renormalized(self) -> Float[Tensor, "image head query patch"]:
+        mass = self.to_patches.sum(dim=-1, keepdim=True)
+        return torch.where(has_mass(mass), self.to_patches / mass, 0)
 
     @property
     def to_self(self) -> Float[Tensor, "image head query"]:
@@ -87,16 +98,34 @@ class PatchAttention:
     def dy(self) -> Float[Tensor, "*#window query patch"]:
         return self._offsets(_down)
 
-    def align(self, weights: Float[Tensor, "image head query patch"]) -> QuerySum:
+    def sum_where(
+        self, values: Float[Tensor, "image head query *values"], has_value: Bool[Tensor, "image head query"]
+    ) -> QuerySum:
+        """The sum over the patch queries that have a value; the others are left out of the mean.
+
+        Args:
+            values: Of each query.
+            has_value: Which queries have one.
+        """
+        counts = has_value if self.patch_index is None else has_value & self._query_is_patch
+        shape = (*counts.shape, *[1] * (values.ndim - counts.ndim))
+        total = torch.where(counts.view(shape), values, 0).sum(dim=2, dtype=wide(values.device))
+        return QuerySum(total, counts.sum(dim=2))
+
+    def align(
+        self, weights: Float[Tensor, "image head query patch"], has_value: Bool[Tensor, "image head query"] | None = None
+    ) -> QuerySum:
         """Maps like `to_patches` moved so that each query lies in the centre, summed over the queries.
 
         Args:
             weights: Of each query on each patch, as `to_patches` has them.
+            has_value: Which queries have such a map; the weights of others must be 0. All if None.
 
         Returns:
             (image, head, 2 rows - 1, 2 cols - 1): entry (rows - 1 + v, cols - 1 + u) is the weight on the patch v rows below
             and u columns right of the query.
         """
+        count = None if has_value is None else self.sum_where(has_value, has_value).count
         rows, cols = self.grid.rows, self.grid.cols
         images, heads = weights.shape[:2]
         total = weights.new_zeros(images, heads, 2 * rows - 1, 2 * cols - 1)
@@ -104,9 +133,9 @@ class PatchAttention:
             maps = weights.unflatten(-1, (rows, cols))
             # One shifted addition per query is far cheaper than a map of its own for each.
             for index, query in enumerate(range(*self.query_index.indices(self.query_index.stop))):
-                row, col = divmod(query - self.num_prefix_tokens, cols)
+                row, col = divmod(query - self.grid.num_prefix_tokens, cols)
                 total[..., rows - 1 - row : 2 * rows - 1 - row, cols - 1 - col : 2 * cols - 1 - col] += maps[:, :, index]
-            return QuerySum(total)
+            return QuerySum(total, count)
         for window, patches in enumerate(self.patch_index.to(weights.device)):
             queries = patches[self.query_index]
             down = patches // cols - (queries // cols)[:, None] + rows - 1
@@ -114,14 +143,14 @@ class PatchAttention:
             is_pair = (queries >= 0)[:, None] & (patches >= 0)
             places = (down * (2 * cols - 1) + right)[is_pair]
             total[window].flatten(1).index_add_(1, places, weights[window][:, is_pair])
-        return QuerySum(total)
+        return QuerySum(total, count)
 
     def _offsets(self, function: OffsetFunction, in_patches: bool = False) -> Float[Tensor, "*#window query patch"]:
         """A function of the offsets from each query to each patch, in pixels or patches."""
         if self._pairs is not None:
             return self._pairs(function, in_patches)
-        start = self.query_index.start - self.num_prefix_tokens
-        stop = self.query_index.stop - self.num_prefix_tokens
+        start = self.query_index.start - self.grid.num_prefix_tokens
+        stop = self.query_index.stop - self.grid.num_prefix_tokens
         table = OffsetTable(self.grid, function, in_patches=in_patches)
         return table.rows(start, stop, device=self.weights.device).to(self.weights)
 
@@ -130,16 +159,23 @@ class PatchAttention:
         assert self.patch_index is not None
         return (self.patch_index >= 0)[:, None, None, :].to(self.weights.device)
 
+    @property
+    def _query_is_patch(self) -> Bool[Tensor, "image 1 query"]:
+        assert self.patch_index is not None
+        return (self.patch_index[:, self.query_index] >= 0)[:, None, :].to(self.weights.device)
+
 
 @dataclass(frozen=True)
 class QuerySum:
-    """A value that is summed over queries already, for maps that would be large for every query.
+    """A value that is summed over queries already: a map that would be large for every query, or one that some queries lack.
 
     Args:
         total: (image, head, ...), the sum over the patch queries.
+        count: Over how many of them; None if all.
     """
 
     total: Float[Tensor, "image head *values"]
+    count: Float[Tensor, "image head"] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,11 +218,14 @@ class QueryMeans:
         self._windows = windows
         self._values = values
         self._pairs = _PairValues()
-        self._sums: dict[str, Tensor] = {}  # over the queries so far, of images or windows that are not complete
+        # Over the queries so far, of images or windows that are not complete; and how many queries have the value.
+        self._sums: dict[str, Tensor] = {}
         self._pending: dict[str, list[np.ndarray]] = {}  # windows of an image that is not complete
 
     def add(self, tile: AttentionTile) -> dict[str, Float[np.ndarray, "image head *values"]] | None:
         """The means of the images that the tile completes, in float64; None if it completes none.
+
+        A mean is masked (see `numpy.ma`) where no query of an image has the value.
 
         Raises:
             InputError: If the tile has other tokens than the grid or the windows.
@@ -203,9 +242,9 @@ class QueryMeans:
             return None
         sums, self._sums = {name: one.cpu().double().numpy() for name, one in self._sums.items()}, {}
         if windows is None:
-            return {name: one / self._grid.num_patches for name, one in sums.items()}
+            return _means(sums, self._grid.num_patches)
         whole = self._join_windows(sums, len(windows.patches))
-        means = {name: one / windows.grid.num_patches for name, one in whole.items()}
+        means = _means(whole, windows.grid.num_patches)
         return means if len(next(iter(means.values()))) else None
 
     def _add_queries(self, tile: AttentionTile, attention: PatchAttention) -> None:
@@ -219,9 +258,12 @@ class QueryMeans:
                     f"the sum over queries {name!r} has shape {tuple(total.shape)}; it must be (image, head, ...), here "
                     f"{tuple(attention.weights.shape[:2])}"
                 )
-            if name not in self._sums:
-                self._sums[name] = total.new_zeros(len(total), tile.num_heads, *total.shape[2:], dtype=dtype)
-            self._sums[name][:, tile.heads] += total
+            count = values.count if isinstance(values, QuerySum) else None
+            for key, part in ((name, total), (name + _COUNT, count)):
+                if part is not None:
+                    if key not in self._sums:
+                        self._sums[key] = part.new_zeros(len(part), tile.num_heads, *part.shape[2:], dtype=dtype)
+                    self._sums[key][:, tile.heads] += part
 
     def _sum(self, name: str, values: Tensor, attention: PatchAttention) -> Tensor:
         """The sum over patch queries."""
@@ -232,22 +274,22 @@ class QueryMeans:
             )
         values = values.to(wide(values.device))
         if attention.patch_index is not None:  # queries that only pad a window do not count
-            counts = (attention.patch_index[:, attention.query_index] >= 0)[:, None, :].to(values.device)
+            counts = attention._query_is_patch
             values = values * counts.view(*counts.shape, *[1] * (values.ndim - 3))
         return values.sum(dim=2)
 
     def _whole_image(self, tile: AttentionTile) -> PatchAttention | None:
         self._grid.check_tokens(tile.num_tokens)
-        first = self._grid.num_prefix_tokens
-        start, stop = max(tile.queries.start, first), tile.queries.stop
+        patches = self._grid.patch_tokens
+        start, stop = max(tile.queries.start, patches.start), min(tile.queries.stop, patches.stop)
         if stop <= start:
             return None
-        weights = tile.probabilities[:, :, start - tile.queries.start :]
+        weights = tile.probabilities[:, :, start - tile.queries.start : stop - tile.queries.start]
 
         def pairs(function: OffsetFunction, in_patches: bool) -> Tensor:
-            return self._pairs.rows((function, in_patches), self._grid, start - first, stop - first, weights)
+            return self._pairs.rows((function, in_patches), self._grid, start - patches.start, stop - patches.start, weights)
 
-        return PatchAttention(weights, first, self._grid, slice(start, stop), _pairs=pairs)
+        return PatchAttention(weights, self._grid, slice(start, stop), _pairs=pairs)
 
     def _within_windows(self, tile: AttentionTile, windows: Windows) -> PatchAttention:
         if tile.num_tokens != windows.patches.shape[1]:
@@ -262,7 +304,7 @@ class QueryMeans:
             values = self._pairs.in_windows((function, in_patches), tile.layer, windows)
             return values[which][:, None, tile.queries].to(tile.probabilities)
 
-        return PatchAttention(tile.probabilities, 0, windows.grid, tile.queries, windows.patches[which], _pairs=pairs)
+        return PatchAttention(tile.probabilities, windows.grid, tile.queries, windows.patches[which], _pairs=pairs)
 
     def _join_windows(self, sums: dict[str, np.ndarray], windows: int) -> dict[str, np.ndarray]:
         """Sums over the windows of whole images; the windows of an incomplete image wait for the rest of it."""
@@ -273,6 +315,22 @@ class QueryMeans:
             self._pending[name] = [pending[images * windows :]]
             joined[name] = pending[: images * windows].reshape(images, windows, *pending.shape[1:]).sum(axis=1)
         return joined
+
+
+_COUNT = " count"  # no name of a value ends in this, since names are identifiers
+
+
+def _means(sums: Mapping[str, np.ndarray], num_patches: int) -> dict[str, np.ndarray]:
+    """Means over the queries that have a value, masked where there are none."""
+    means: dict[str, np.ndarray] = {}
+    for name, total in sums.items():
+        count = sums.get(name + _COUNT)
+        if count is not None:
+            count = np.ma.masked_equal(count.reshape(*count.shape, *[1] * (total.ndim - count.ndim)), 0)
+            means[name] = np.ma.masked_array(total) / count
+        elif not name.endswith(_COUNT):
+            means[name] = total / num_patches
+    return means
 
 
 class OffsetMeans:
@@ -295,15 +353,19 @@ class OffsetMeans:
     def per_query(self, attention: PatchAttention, *, disposable: bool) -> QueryValues:
         weights = attention.to_patches
         mass = weights.sum(dim=-1)
+        has_patch_mass = has_mass(mass)
         # Fresh memory for a product as large as a tile costs more than the product; a tile that nobody reads any more has some.
         products = weights if disposable else self._products.take(weights.shape, weights.dtype, weights.device)
         expectation = torch.mul(weights, attention._offsets(self._function, self._in_patches), out=products).sum(dim=-1)
         dtype = wide(weights.device)
         expectation, mass = expectation.to(dtype), mass.to(dtype)
-        if self._renormalize:
-            # A mass that rounds to 0 leaves the value 0 rather than NaN.
-            expectation = expectation / mass.clamp_min(torch.finfo(torch.float32).tiny)
-        return {self._name: expectation, "patch_mass": mass}
+        if not self._renormalize:
+            return {self._name: expectation, "patch_mass": mass}
+        return {
+            self._name: attention.sum_where(expectation / mass, has_patch_mass),
+            "patch_mass": mass,
+            "excluded": (~has_patch_mass).to(dtype),
+        }
 
 
 class ReceivedMeans:
@@ -324,17 +386,19 @@ class ReceivedMeans:
     def add(self, tile: AttentionTile) -> dict[str, Float[np.ndarray, "image head *values"]] | None:
         """The values of the images that the tile completes, in float64; None if it completes none."""
         self._grid.check_tokens(tile.num_tokens)
-        first = self._grid.num_prefix_tokens
+        patches = self._grid.patch_tokens
         if tile.queries.start == tile.heads.start == 0:
             shape = len(tile.probabilities), tile.num_heads, tile.num_tokens
             self._received = tile.probabilities.new_zeros(shape, dtype=wide(tile.probabilities.device))
         assert self._received is not None
-        patch_queries = tile.probabilities[:, :, max(first - tile.queries.start, 0) :]
+        start, stop = (max(token - tile.queries.start, 0) for token in (patches.start, patches.stop))
+        patch_queries = tile.probabilities[:, :, start:stop]
         self._received[:, tile.heads] += patch_queries.sum(dim=2)
         if tile.queries.stop < tile.num_tokens or tile.heads.stop < tile.num_heads:
             return None
         received, self._received = self._received / self._grid.num_patches, None
-        values = check_values(self._function(ReceivedAttention(received[..., first:], received[..., :first], self._grid)))
+        attention = ReceivedAttention(received[..., patches], received[..., : patches.start], self._grid)
+        values = check_values(self._function(attention))
         for name, one in values.items():
             if one.shape[:2] != received.shape[:2]:
                 raise InputError(
@@ -428,6 +492,17 @@ def read_only(tensor: Tensor, name: str) -> Iterator[None]:
     yield
     if version is not None and tensor._version != version:
         raise InputError(f"{name} wrote to the tensor that it was given; work on a copy, as out-of-place operations do")
+
+
+def has_mass(mass: Tensor) -> Tensor:
+    """Whether softmax weights with this sum can be rescaled.
+
+    Softmax weights below the smallest normal number round to 0. Where their sum is larger by the resolution of the type, what
+    is lost is within rounding.
+    """
+    resolution = torch.finfo(mass.dtype)
+    # Of NaN this is true, so that it is not left out as a small mass would be, but raises an error.
+    return ~(mass < resolution.tiny / resolution.eps)
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,6 +22,7 @@ from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import Option, measure_files
 from vit_probe.results import Result
+from vit_probe.runner.arguments import check_model
 from vit_probe.runner.protocol import Measure
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid
@@ -33,6 +34,7 @@ __all__ = [
     "keyword_defaults",
     "measure",
     "model_measure",
+    "name_of",
     "register",
     "registered",
     "result_class",
@@ -204,6 +206,17 @@ def model_measure(
     return decorate
 
 
+def name_of(author: Callable[..., Any]) -> str:
+    """The name of what a measure's author wrote.
+
+    Raises:
+        InputError: If it is not a Python function, which alone tells its arguments and their types.
+    """
+    if not inspect.isfunction(author):
+        raise InputError(f"a measure must be a function written with def, got {author!r}; write one that calls it")
+    return author.__name__
+
+
 def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only arguments of a function with their defaults: the options of a measure."""
     parameters = inspect.signature(function).parameters.values()
@@ -329,6 +342,9 @@ def measure(
         >>> far.distance.shape, broad.entropy.shape
         ((9, 6), (9, 6))
     """
+    if callable(measures) or isinstance(measures, str) or not isinstance(measures, Iterable):
+        raise InputError(f"measures must be a list, such as [mean_attention_distance, attention_entropy]; got {measures!r}")
+    check_model(model, images)
     chosen = [spec_of(function) for function in measures]
     for spec, options in chosen:
         if per_image and "per_image" in spec.options:

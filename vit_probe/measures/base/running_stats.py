@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import t
 
 from vit_probe.errors import InputError
@@ -21,10 +21,12 @@ __all__ = ["Averages", "LayerStats", "RunningStats"]
 class RunningStats:
     """Mean over images, and sum of squared deviations from it, of arrays of values in float64.
 
+    An image may lack a value: it is left out of that value's mean.
+
     Args:
-        count: Number of images.
-        mean: Mean over the images.
-        squares: Sum over the images of squared deviations from the mean.
+        count: Number of images that have the value.
+        mean: Mean over these images; 0 where there are none.
+        squares: Sum over these images of squared deviations from the mean.
 
     References:
         Chan et al. 1983, Algorithms for computing the sample variance: exact for any split, and stable where a sum of squares
@@ -33,44 +35,49 @@ class RunningStats:
     Examples:
         >>> stats = RunningStats.from_samples(np.array([[1.0], [3.0]]))
         >>> stats.merge(RunningStats.from_samples(np.array([[8.0]])))
-        >>> stats.count, stats.mean.tolist()
-        (3, [4.0])
+        >>> stats.count.tolist(), stats.mean.tolist()
+        ([3], [4.0])
     """
 
-    count: int
+    count: Int[np.ndarray, "*values"]
     mean: Float[np.ndarray, "*values"]
     squares: Float[np.ndarray, "*values"]
 
     @classmethod
     def empty(cls, *shape: int) -> RunningStats:
         """Statistics of no images yet."""
-        return cls(0, np.zeros(shape), np.zeros(shape))
+        return cls(np.zeros(shape, dtype=np.int64), np.zeros(shape), np.zeros(shape))
 
     @classmethod
     def from_samples(cls, values: Float[np.ndarray, "image *values"]) -> RunningStats:
-        """Statistics of some images."""
-        mean = values.mean(axis=0)
-        return cls(len(values), mean, ((values - mean) ** 2).sum(axis=0))
+        """Statistics of some images; a masked array masks the values that images lack."""
+        has_value = ~np.ma.getmaskarray(values)
+        values = np.ma.getdata(values)
+        count = has_value.sum(axis=0)
+        mean = np.where(has_value, values, 0).sum(axis=0) / np.maximum(count, 1)
+        return cls(count, mean, (np.where(has_value, values - mean, 0) ** 2).sum(axis=0))
 
     def merge(self, other: RunningStats) -> None:
         """Add the images of `other`."""
         total = self.count + other.count
-        if total == 0:
-            return
+        divisor = np.maximum(total, 1)  # 0 images change nothing
         step = other.mean - self.mean
-        self.squares = self.squares + other.squares + step**2 * (self.count * other.count / total)
-        self.mean = self.mean + step * (other.count / total)
+        self.squares = self.squares + other.squares + step**2 * (self.count * other.count / divisor)
+        self.mean = self.mean + step * (other.count / divisor)
         self.count = total
+
+    def defined_mean(self) -> Float[np.ndarray, "*values"]:
+        """Mean over the images that have the value; NaN where there are none."""
+        return np.where(self.count > 0, self.mean, np.nan)
 
     def confidence(self, level: float = 0.95) -> Float[np.ndarray, "*values"]:
         """Half the width of the confidence interval of the mean (Student's t); NaN for one image."""
-        if self.count < 2:
-            return np.full_like(self.squares, np.nan)
-        return self.std() / np.sqrt(self.count) * t.ppf((1 + level) / 2, self.count - 1)
+        count = np.maximum(self.count, 2)  # of fewer images, std() is NaN
+        return np.asarray(self.std() / np.sqrt(count) * t.ppf((1 + level) / 2, count - 1))
 
     def std(self) -> Float[np.ndarray, "*values"]:
         """Standard deviation over images (n - 1); NaN for one image."""
-        return np.sqrt(self.squares / (self.count - 1)) if self.count > 1 else np.full_like(self.squares, np.nan)
+        return np.sqrt(np.where(self.count > 1, self.squares, np.nan) / np.maximum(self.count - 1, 1))
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,13 @@ class LayerStats:
         return [{name: stats.mean.shape for name, stats in layer.items()} for layer in self._stats]
 
     def add(self, layer: int, module: str, values: Mapping[str, Float[np.ndarray, "image *values"]]) -> None:
-        """Add the values of some images in one layer; layers are numbered in the order in which they first come."""
+        """Add the values of some images in one layer; layers are numbered in the order in which they first come.
+
+        Raises:
+            InputError: If a value is NaN or infinite. Values that an image lacks are masked instead.
+        """
+        for of_images in values.values():
+            check_finite(np.ma.filled(of_images, 0), self._display_name)
         while len(self._stats) <= layer:
             self._stats.append({name: RunningStats.empty(*of_images.shape[1:]) for name, of_images in values.items()})
             self._kept.append({name: [] for name in values} if self._keeps else {})
@@ -131,7 +144,7 @@ class LayerStats:
         for name, of_images in values.items():
             self._stats[layer][name].merge(RunningStats.from_samples(of_images))
             if self._keeps:
-                self._kept[layer][name].append(of_images)
+                self._kept[layer][name].append(np.ma.filled(of_images, np.nan))
 
     def set_checkpoint(self) -> None:
         """Remember the present state for `roll_back`."""
@@ -152,11 +165,10 @@ class LayerStats:
         arrays: dict[str, Any] = {}
         for layer, stats in enumerate(self._stats):
             for name, one in stats.items():
-                arrays |= {f"{layer}.{name}.mean": _stored(one.mean), f"{layer}.{name}.squares": _stored(one.squares)}
+                arrays |= {f"{layer}.{name}.{part}": _stored(value) for part, value in vars(one).items()}
                 if self._keeps:
                     arrays[f"{layer}.{name}.per_image"] = np.concatenate(self._kept[layer][name])
-        counts = [{name: one.count for name, one in layer.items()} for layer in self._stats]
-        return arrays | {"modules": list(self.modules), "counts": counts}
+        return arrays | {"modules": list(self.modules), "names": [list(layer) for layer in self._stats]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Return to where `state` was taken."""
@@ -164,15 +176,17 @@ class LayerStats:
         self._stats = [
             {
                 name: RunningStats(
-                    count, np.asarray(state[f"{layer}.{name}.mean"]), np.asarray(state[f"{layer}.{name}.squares"])
+                    np.asarray(state[f"{layer}.{name}.count"]).astype(np.int64),
+                    np.asarray(state[f"{layer}.{name}.mean"]),
+                    np.asarray(state[f"{layer}.{name}.squares"]),
                 )
-                for name, count in counts.items()
+                for name in names
             }
-            for layer, counts in enumerate(state["counts"])
+            for layer, names in enumerate(state["names"])
         ]
         self._kept = [
-            {name: [state[f"{layer}.{name}.per_image"]] for name in counts} if self._keeps else {}
-            for layer, counts in enumerate(state["counts"])
+            {name: [state[f"{layer}.{name}.per_image"]] for name in names} if self._keeps else {}
+            for layer, names in enumerate(state["names"])
         ]
 
     def merge(self, other: Self) -> None:
@@ -207,21 +221,18 @@ class LayerStats:
         """The statistics over all images so far.
 
         Raises:
-            InputError: If there were none, the layers have seen different images, or a mean is not finite.
+            InputError: If there were none, or the layers have seen different images.
         """
         if not self._stats:
             raise InputError(f"no {self._display_name} have been measured yet")
-        counts = [next(iter(layer.values())).count for layer in self._stats]
+        counts = [max(int(stats.count.max(initial=0)) for stats in layer.values()) for layer in self._stats]
         if len(set(counts)) > 1:
             raise InputError(
                 f"the layers have seen different numbers of images ({', '.join(map(str, counts))}), which do not make one table"
             )
-        for layer in self._stats:
-            for stats in layer.values():
-                check_finite(stats.mean, self._display_name)
         names = list(self._stats[0])
         return Averages(
-            values={name: _stacked([layer[name].mean for layer in self._stats]) for name in names},
+            values={name: _stacked([layer[name].defined_mean() for layer in self._stats]) for name in names},
             std={name: _stacked([layer[name].std() for layer in self._stats]) for name in names},
             confidence={name: _stacked([layer[name].confidence() for layer in self._stats]) for name in names},
             per_image={

@@ -1,0 +1,43 @@
+"""Comparing a configuration's number of layers with the weights, before a library builds them all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vit_probe.errors import InputError
+
+__all__ = ["check_depth"]
+
+_DEPTH = r"depths?|(.*_)?(num|encoder|decoder|hidden)_layers|layers"
+
+
+def check_depth(config: Mapping[str, Any], num_parameters: int) -> None:
+    """Check that a configuration has no more layers than the weights have parameters.
+
+    Args:
+        config: Content of `config.json` of any library.
+        num_parameters: How many parameters the weights hold, each of any shape.
+
+    Raises:
+        InputError: If it has more, or fewer than one.
+
+    Examples:
+        >>> check_depth({"model_type": "clip", "vision_config": {"num_hidden_layers": 12}}, num_parameters=199)
+    """
+    for name, value in _entries(config):
+        fewest = 1 if name == "num_hidden_layers" else 0  # optional parts may have no layers
+        if re.fullmatch(_DEPTH, name) and isinstance(value, int) and not fewest <= value <= num_parameters:
+            raise InputError(f"config.json has {name} {value}, but the weights hold {num_parameters} parameters")
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of a configuration and of those inside it; of lists, every element."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value)
+        elif isinstance(value, list):
+            yield from ((name, element) for element in value)
+        else:
+            yield name, value

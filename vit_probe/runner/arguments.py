@@ -1,0 +1,73 @@
+"""Checks of what users pass to a run."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vit_probe.data.preprocessing import Preprocessing
+from vit_probe.errors import InputError
+from vit_probe.tokens.grid import TokenGrid
+
+__all__ = ["check_model", "check_run_options", "select_device"]
+
+
+def check_model(model: object, images: object = None) -> None:
+    """Raise InputError unless `model` is a model with weights, and `images` is none.
+
+    Examples:
+        >>> check_model("demo")
+        Traceback (most recent call last):
+        vit_probe.errors.InputError: the model must be a torch.nn.Module, got 'demo'; pass load_model('demo')
+    """
+    if isinstance(model, str | Path):
+        raise InputError(f"the model must be a torch.nn.Module, got {str(model)!r}; pass load_model({str(model)!r})")
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        swapped = isinstance(images, nn.Module)
+        advice = "swap the two arguments: the model comes first" if swapped else "load_model(...) returns one"
+        raise InputError(f"the model must be a torch.nn.Module, got {got}; {advice}")
+    if isinstance(images, nn.Module):
+        raise InputError(f"the images are a model, {type(images).__name__}; pass photographs, paths or a tensor")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has parameters on the meta device, which are shapes without numbers; load its weights"
+        )
+
+
+def check_run_options(grid: object, preprocessing: object, batch_size: object) -> None:
+    """Raise InputError unless each option is of its type."""
+    if grid is not None and not isinstance(grid, TokenGrid):
+        raise InputError(f"grid must be a TokenGrid, such as TokenGrid(14, 14, (16, 16), 1, True), or None; got {grid!r}")
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        raise InputError(
+            f"preprocessing must be a Preprocessing, such as Preprocessing(size=(224, 224)), or None; got {preprocessing!r}"
+        )
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+
+
+def select_device(name: str | torch.device) -> torch.device:
+    """The device called `name`; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        InputError: If there is no such device here, or it holds no numbers, as the meta device.
+
+    Examples:
+        >>> select_device("cpu")
+        device(type='cpu')
+    """
+    if not isinstance(name, str | torch.device):
+        raise InputError(f"device must be a name such as auto, cpu, cuda or mps, got {name!r}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend that is missing has its own way to say so
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise InputError(f"device {str(name)!r} is not available ({reason}); choose auto, cpu, cuda or mps") from None
+    return device
