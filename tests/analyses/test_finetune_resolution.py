@@ -15,6 +15,8 @@ from analyses.training import Recipe, accuracy, fit
 from tests.analyses.conftest import typed
 from vit_probe import Preprocessing, VisionTransformer, ViTConfig, load_model, save_model
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training takes torch.optim.Muon, of torch 2.9")
+
 
 @pytest.fixture(scope="module")
 def trained(sheets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

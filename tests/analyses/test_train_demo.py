@@ -15,6 +15,8 @@ from analyses.train_demo import initialise, main, small_resnet
 from tests.analyses.conftest import typed
 from vit_probe import VisionTransformer, ViTConfig, load_model
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training takes torch.optim.Muon, of torch 2.9")
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "2", "--heads", "2", "--set", "batch_size=32"]
 

@@ -17,6 +17,8 @@ from tests.analyses.conftest import typed
 from tests.analyses.small_models import new_model
 from vit_probe import load_model
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training takes torch.optim.Muon, of torch 2.9")
+
 SHEETS = Path(__file__).resolve().parents[2].parent / "shared" / "tiny-imagenet-100"
 TINY = "--image-size 16 --patch-size 4 --width 16 --depth 2 --heads 2 --set batch_size=64 --set epochs=2"
 

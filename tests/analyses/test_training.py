@@ -17,6 +17,8 @@ from analyses.training import Recipe, accuracy, fit
 from vit_probe import VisionTransformer, ViTConfig, load_model
 from vit_probe.errors import InputError
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training takes torch.optim.Muon, of torch 2.9")
+
 CONFIG = ViTConfig(image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3, drop_path=0.1)
 SHORT = Recipe(epochs=3, warmup=0.5, full_epochs=1, batch_size=32)
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.example_models import FAMILIES, small_vit
 from vit_probe import attention_rollout, load_model, mean_attention_distance, patch_filters, position_similarity
-from vit_probe.attention.wrappers import unrounded_activations, unwrap
+from vit_probe.attention.wrappers import full_precision, unwrap
 from vit_probe.measures.deletion import deletion
 from vit_probe.models.reinitialize import random_weights
 
@@ -77,7 +77,7 @@ def test_quantised_layers_compute_without_rounding_inside_the_context() -> None:
     rounded = model(x)
     weight, bias = model[0].weight().dequantize(), model[0].bias()
     expected = (x @ weight.T + bias) @ model[1].weight().dequantize().T
-    with unrounded_activations(model):
+    with full_precision(model):
         torch.testing.assert_close(model(x), expected)
     assert torch.equal(model(x), rounded)
     assert not torch.equal(rounded, expected)
@@ -92,3 +92,16 @@ def test_quantised_models_are_measured(name: str) -> None:
     assert result.provenance["grid"]["num_prefix_tokens"] == family.grid.num_prefix_tokens
     np.testing.assert_allclose(result.to_dataframe().distance, expected, rtol=0.02)
     assert (result.to_dataframe().distance != expected).any()
+
+
+def test_the_precision_of_gpus_is_restored() -> None:
+    def allows_tf32() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = allows_tf32()
+    model = nn.Linear(2, 2)
+    with full_precision(model):
+        assert not torch.backends.cuda.matmul.allow_tf32
+        if hasattr(torch.backends.cudnn, "conv"):
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert allows_tf32() == before

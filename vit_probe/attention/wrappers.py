@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["unrounded_activations", "unwrap"]
+__all__ = ["full_precision", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -38,26 +39,36 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def unrounded_activations(model: nn.Module) -> Iterator[None]:
-    """Let dynamically quantised linear layers of `model` multiply their weights in floating point inside the context.
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Let a model compute without rounding its inputs inside the context, so that small changes of an image show.
 
-    These layers round their input to steps of its range over all images and tokens, so that each output depends a little on
-    all of them, which hides what a token depends on.
+    Dynamically quantised linear layers multiply their weights in floating point: they round their input to steps of its range
+    over all images and tokens, so that each output depends a little on all of them. And GPUs do not use TF32, which keeps three
+    digits of a number.
 
     Examples:
-        >>> import torch
         >>> model, x = nn.Sequential(nn.Linear(2, 2)), torch.rand(3, 2)
-        >>> with unrounded_activations(model):
+        >>> with full_precision(model):
         ...     y = model(x)
         >>> torch.equal(y, model(x))  # no layer of this model is quantised
         True
     """
     quantised: list[Any] = [module for module in model.modules() if ".quantized.dynamic." in type(module).__module__]
     layers = [module for module in quantised if hasattr(module, "in_features")]
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    owners, name, full = [cudnn, matmul], "allow_tf32", False
+    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on
+        owners, name, full = [cudnn.conv, matmul], "fp32_precision", "ieee"  # type: ignore[assignment]
+    before = [getattr(owner, name) for owner in owners]
     try:
+        for owner in owners:
+            setattr(owner, name, full)
         for layer in layers:
             layer.forward = partial(F.linear, weight=layer.weight().dequantize(), bias=layer.bias())
         yield
     finally:
         for layer in layers:
             del layer.forward
+        for owner, earlier in zip(owners, before, strict=True):
+            setattr(owner, name, earlier)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vit_probe.attention.calls import AttentionCall
 from vit_probe.attention.intercept import AttentionInterceptor, ForwardStopped, evaluation_mode, intercept_attention
-from vit_probe.attention.wrappers import unrounded_activations, unwrap
+from vit_probe.attention.wrappers import full_precision, unwrap
 from vit_probe.errors import InputError
 from vit_probe.tokens.grid import first_parameter, first_tensor
 from vit_probe.tokens.patch_embedding import input_channels, read_patch_size
@@ -61,7 +61,7 @@ def added_positions(model: nn.Module, height: int, width: int) -> tuple[Float[Te
     with (
         suppress(ForwardStopped, Exception),
         evaluation_mode(model),
-        unrounded_activations(model),
+        full_precision(model),
         intercept_attention(model, follower),
     ):
         model(images.to(first_parameter(model)))

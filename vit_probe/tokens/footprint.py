@@ -46,7 +46,7 @@ _MIN_DRIFTING = 4  # cells along an axis: on fewer, a drift cannot be told from 
 _REACH = 2  # cells: how near each other the gains of two must be nearly orthogonal
 # How much likelier than with two neighbours exchanged the claimed order must be (a log-likelihood ratio). Where tokens lie as
 # claimed, it is usually 5 to 100; with exchanged neighbours it is negative; and about 0 where nothing tells them apart.
-_MIN_EVIDENCE = 1.0
+_MIN_EVIDENCE = 2.0
 _PRIOR_SCALES = torch.tensor([2.0, 2.0, 0.4, 0.4, 4.0, 4.0, 4.0, 4.0, 4.0], dtype=torch.float64)
 _NUM_ROUNDS = 3  # of placing tokens and fitting their footprint in turn
 
@@ -63,6 +63,7 @@ class CellResponses:
 
     Attributes:
         products: Products of each cell's gains in every two images.
+        footprints: Those of queries and of keys in the layer that was judged last.
         gram: Inner products of the changes of each token's query (and key) in every two images, by layer.
     """
 
@@ -75,6 +76,7 @@ class CellResponses:
         *,
         follow: bool = False,
     ) -> None:
+        self.footprints: list[Footprint] = []
         self.products: Float[Tensor, "row col image image"] = (
             torch.einsum("irc,jrc->rcij", gains, gains) / gains.square().mean()
         )
@@ -208,9 +210,16 @@ def agrees_with_grid(responses: CellResponses, layer: int, tokens: slice) -> boo
     shape = products.shape[:2]
     places = torch.arange(shape[0] * shape[1])
     parts = responses.gram[layer][:, 0, tokens]
-    footprints = [Footprint.fit(products, gram, places) for gram in parts]
-    likelihoods = [footprint.log_likelihood(products, gram) for footprint, gram in zip(footprints, parts, strict=True)]
-    return all(footprint.is_centred for footprint in footprints) and _lie_at(places, likelihoods, shape)
+
+    def agree(footprints: Sequence[Footprint]) -> bool:
+        likelihoods = [footprint.log_likelihood(products, gram) for footprint, gram in zip(footprints, parts, strict=True)]
+        return all(footprint.is_centred for footprint in footprints) and _lie_at(places, likelihoods, shape)
+
+    # Fitting takes longer than running the model. Where nothing is mixed between layers, they share the stem's footprint.
+    if responses.footprints and agree(responses.footprints):
+        return True
+    responses.footprints = [Footprint.fit(products, gram, places) for gram in parts]
+    return agree(responses.footprints)
 
 
 def find_places(

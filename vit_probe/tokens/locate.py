@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vit_probe.attention.hooks import check_attention_captured
 from vit_probe.attention.intercept import evaluation_mode
-from vit_probe.attention.wrappers import unrounded_activations, unwrap
+from vit_probe.attention.wrappers import full_precision, unwrap
 from vit_probe.errors import InputError
 from vit_probe.tokens.class_token import find_class_token
 from vit_probe.tokens.footprint import (
@@ -132,7 +132,7 @@ def locate_tokens(
     is_own = callable(own_grid)
     if grid is None and callable(own_grid):
         grid = own_grid(height, width)  # raises for sizes that do not divide into patches
-    with evaluation_mode(model), unrounded_activations(model):
+    with evaluation_mode(model), full_precision(model):
         probe = IdentityAttentionProbe(model, height, width, channels)
         _probe_noise(probe, model, (height, width), channels)
         try:
