@@ -16,10 +16,10 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/pytest -n 2
 
-# The same tests with the oldest versions that pyproject.toml allows, in an environment of their own. The registry's builds of torch
-# come with CUDA's libraries, several gigabytes.
+# The same tests with the oldest versions that pyproject.toml allows, in an environment of their own; not those of the benchmarks, which
+# no user installs. The registry's builds of torch come with CUDA's libraries, several gigabytes.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/pytest -n 2
+	.venv-oldest/bin/pytest -n 2 --ignore tests/benchmarks
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

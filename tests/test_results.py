@@ -175,7 +175,9 @@ class TestLoadResult:
             os.mkfifo(tmp_path / "pipe")
         save_file({"a": np.zeros(2)}, tmp_path / "deep", metadata={"vit_probe": "[" * 100_000 + "]" * 100_000})
         (tmp_path / "cut").write_bytes(distance.save(tmp_path / "whole").read_bytes()[:-1])
-        with pytest.raises(InputError, match=r"there is no result file|is not a saved result"):
+        with pytest.raises(
+            InputError, match=r"there is no result file|is not a saved result|is not a regular file|path of the file"
+        ):
             load_result(path.replace("FOLDER", str(tmp_path)) if isinstance(path, str) else path)
 
     @pytest.mark.parametrize(
@@ -196,7 +198,8 @@ class TestLoadResult:
             ({"options": []}, r"options is \[\]"),
             ({"provenance": "x"}, "provenance is 'x'|no attribute"),
             ({"provenance": {"skipped": "x"}}, "provenance has skipped 'x'"),
-            ({"uniform": {"arrays": []}, "num_windows": [1, 1]}, r"num_windows is \[1, 1\]"),
+            ({"uniform": {}}, "uniform attention has values of nothing, but not of distance"),
+            ({"num_windows": [1, 1]}, r"num_windows is \[1, 1\]"),
         ],
     )
     def test_plain_values_of_another_type(
@@ -219,6 +222,20 @@ class TestLoadResult:
             arrays[array] = changes[change] if change in changes else value.astype(other)
         save_file(arrays, path, metadata)
         with pytest.raises(InputError, match=r"distance is (damaged|not a)"):
+            load_result(path)
+
+    def test_a_path_of_another_type(self) -> None:
+        with pytest.raises(InputError, match=r"from the path of the file that its save\(\) wrote, got None; pass that"):
+            load_result(None)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", ["attention_distance", "token_similarity", "representation_similarity"])
+    def test_values_that_are_nan_throughout(self, model: VisionTransformer, name: str, tmp_path: Path) -> None:
+        path = registered()[name].function(model, torch.rand(5, 3, 16, 24)).save(tmp_path / "result")
+        with safe_open(path, framework="numpy") as file:
+            arrays, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        spoilt = {key: value * np.nan if key.startswith(("values/", "similarity")) else value for key, value in arrays.items()}
+        save_file(spoilt, path, metadata)
+        with pytest.raises(InputError, match=r"result is damaged \(.*NaN.*\); measure again"):
             load_result(path)
 
     @pytest.mark.parametrize("name", [name for name, one in measure_files().items()])
@@ -248,6 +265,8 @@ class TestLoadResult:
         assert generic.contents["more"] == 1
         np.testing.assert_array_equal(generic.contents["values"]["distance"], distance.distance)
         assert set(generic.summary()["name"]) == set(generic.contents)
+        with pytest.raises(InputError, match=r"this installation does not know the measure .*, and cannot draw its result"):
+            generic.plot()
 
     @pytest.mark.parametrize(
         ("name", "modules"),

@@ -7,6 +7,7 @@ import json
 import platform
 from dataclasses import dataclass, fields
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,13 @@ class GenericResult(Result):
         """The table itself."""
         return self.to_dataframe()
 
+    def plot(self, *, ax: Axes | None = None) -> Axes:
+        """Raise InputError: how to draw the result is known to the measure alone."""
+        raise InputError(
+            f"this installation does not know the measure {self.measure!r}, and cannot draw its result; define the measure, or "
+            "import the module that does, before load_result, or draw the arrays in `contents`"
+        )
+
 
 def read_result(path: str | Path) -> tuple[str, dict[str, Any]]:
     """Name of the result's class, and its fields, as `Result.save` wrote them.
@@ -134,9 +142,12 @@ def read_result(path: str | Path) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: If the file does not exist, or is not a result.
     """
+    if not isinstance(path, str | PathLike):
+        raise InputError(f"a result is read from the path of the file that its save() wrote, got {path!r:.80}; pass that")
     try:
-        if not Path(path).is_file():
-            raise InputError(f"there is no result file {path}")
+        if not Path(path).is_file():  # opening a named pipe would wait for whoever writes into it
+            found = f"{Path(path)} is not a regular file" if Path(path).exists() else f"there is no result file {path}"
+            raise InputError(f"{found}; pass the path of a file that a result's save() wrote")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)

@@ -1090,7 +1090,7 @@ def test_the_models_own_error_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("tile_bytes", [0, -5])
 def test_tile_bytes_must_be_positive(tile_bytes: int) -> None:
-    with pytest.raises(InputError, match=f"tile_bytes must be positive, got {tile_bytes}"), attention_hooks(
+    with pytest.raises(InputError, match=f"tile_bytes must be a positive number, got {tile_bytes}"), attention_hooks(
         small_vit(), tile_bytes=tile_bytes
     ):  # fmt: skip
         pass

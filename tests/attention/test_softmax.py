@@ -99,7 +99,13 @@ def as_modules(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return self.dropout(self.softmax(scores(q, k))) @ v
 
 
+def minus_the_largest(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    return (x - x.amax(dim=-1, keepdim=True)).softmax(dim=-1) @ v
+
+
 SEEN: dict[str, Callable[..., Tensor]] = {
+    "minus the largest": minus_the_largest,
     "method": lambda self, q, k, v: scores(q, k).softmax(dim=-1) @ v,
     "function": lambda self, q, k, v: torch.matmul(torch.softmax(scores(q, k), 3), v),
     "modules": as_modules,
@@ -327,3 +333,38 @@ def test_attention_reference() -> None:
         )
         model(x)
     np.testing.assert_allclose(model.expected()[0], softmax_attention(q, k, 8**-0.5), rtol=0, atol=1e-6)
+
+
+def _in_place(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).softmax(dim=-1)
+    weights *= torch.linspace(0.1, 1, weights.shape[-1])
+    return weights @ v
+
+
+def _behind_autograd(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).softmax(dim=-1)
+    weights.data.mul_(torch.linspace(0.1, 1, weights.shape[-1]))
+    return weights @ v
+
+
+def _overwritten_scores(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    weights = x.softmax(dim=-1)
+    x.zero_()
+    return weights @ v
+
+
+@pytest.mark.parametrize("attend", [_in_place, _behind_autograd, _overwritten_scores])
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_written_to_the_weights_or_the_scores_is_noticed(attend: Callable[..., Tensor], inference: bool) -> None:
+    with torch.inference_mode(inference), pytest.raises(InputError, match="no self-attention could be captured"):
+        mean_attention_distance(Model(attend), images(32, 48))
+
+
+def test_weights_that_multiply_twice_are_refused() -> None:
+    def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = scores(q, k).softmax(dim=-1)
+        return weights @ (weights @ v)
+
+    with pytest.raises(InputError, match="multiplies the same softmax twice"):
+        mean_attention_distance(Model(attend), images(32, 48))

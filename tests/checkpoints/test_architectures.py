@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vit_probe.checkpoints.architectures import is_published
+from vit_probe.checkpoints.architectures import fields_from_name, is_another_family, is_published, trained_with_quick_gelu
 from vit_probe.checkpoints.timm import from_state_dict
 from vit_probe.errors import UnsupportedArchitecture
 from vit_probe.models.vit import VisionTransformer
@@ -53,3 +53,48 @@ def test_a_published_name_tells_what_shapes_do_not() -> None:
         # The names of CLIP's architectures do not say for sure with which GELU the weights were trained.
         assert bool(caught) == ("_clip_" in name and "quickgelu" not in name) or not is_published(name), name
     assert covered > 60
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_runs/checkpoint.pth",
+        "vit_mine.pth",
+        "vit_models/x.pth",
+        "vit_small/vit-s-300ep.pth.tar",
+        "vit_small_patch16.pth",
+        "vit_small_patch16_mine/x.pth",
+        "vit_small_patch16_224_mine.pth",
+        "deit_3_small_224_1k.pth",
+        "mae_pretrain_vit_mine.pth",
+    ],
+)
+def test_other_names_tell_nothing(name: str) -> None:
+    assert not is_published(name)
+    assert fields_from_name(name) == {}
+
+
+def test_a_folder_counts_if_it_is_a_name_of_timms() -> None:
+    assert is_published("vit_base_patch16_gap_224/checkpoint.pth")
+    assert fields_from_name("vit_base_patch16_gap_224/checkpoint.pth") == {"num_heads": 16}
+    assert fields_from_name("quickgelu_runs/checkpoint.pth") == {}
+
+
+def test_other_families() -> None:
+    names = ("resnet50", "swin_tiny_patch4_window7_224", "vit_small_patch16_rope_224", "vit_relpos_base_patch16_224")
+    assert all(map(is_another_family, (*names, "eva02_tiny_patch14_224", "vit_base_patch16_dinov3")))
+    assert not any(map(is_another_family, ("vit_tiny_mine", "deit3_base_patch16_224", "flexivit_base", "test_vit2")))
+
+
+def test_quick_gelu_is_that_of_open_clips_table() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    # timm's names of open_clip's architectures; MetaCLIP's `fullcc` is timm's `2pt5b`.
+    names = {"ViT-B-32": "vit_base_patch32_clip_224", "ViT-B-16": "vit_base_patch16_clip_224"}
+    names |= {"ViT-L-14": "vit_large_patch14_clip_224", "ViT-H-14": "vit_huge_patch14_clip_224"}
+    names |= {"ViT-H-14-worldwide": "vit_huge_patch14_clip_224", "ViT-H-14-worldwide-378": "vit_huge_patch14_clip_378"}
+    names |= {"ViT-bigG-14": "vit_gigantic_patch14_clip_224", "ViT-bigG-14-worldwide": "vit_gigantic_patch14_clip_224"}
+    for architecture, name in names.items():
+        for tag in open_clip.list_pretrained_tags_by_model(architecture):
+            expected = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+            timms = {"metaclip_fullcc": "metaclip_2pt5b"}.get(tag, tag)
+            assert trained_with_quick_gelu(f"{name}.{timms}") == expected, (architecture, tag)

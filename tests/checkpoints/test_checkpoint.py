@@ -59,3 +59,15 @@ def test_absurd_depths_are_compared_with_the_weights_first(config: ViTConfig) ->
         UnsupportedArchitecture, match=r"100000000\d layers are configured, but the checkpoint holds \d\d param"
     ):
         Checkpoint(config, VisionTransformer(TINY).state_dict(), None).build()
+
+
+def test_numbers_too_large_for_float32() -> None:
+    with pytest.raises(InputError, match=rf"NaN or infinity .*, or numbers too large for float32, in {NAME}"):
+        _with(torch.full((72, 24), 1e300, dtype=torch.float64)).build()
+
+
+@pytest.mark.parametrize(("size", "resize"), [((10**6, 32), (32, 32)), ((32, 32), 10**6), ((32, 32), (32, 10**6))])
+def test_absurd_sizes_of_photographs(size: tuple[int, int], resize: int | tuple[int, int]) -> None:
+    checkpoint = Checkpoint(TINY, VisionTransformer(TINY).state_dict(), Preprocessing(size, resize))
+    with pytest.raises(InputError, match="asks for photographs of 1000000 pixels a side; at most 16384 are supported"):
+        checkpoint.build()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from vit_probe.checkpoints.files import file_format, read_folder, read_tensors
+from vit_probe.checkpoints.files import expand_home, file_format, read_folder, read_tensors
 from vit_probe.errors import InputError
 
 STATE = {"a.weight": torch.ones(2, 3)}
@@ -121,3 +121,12 @@ def test_an_index_without_shards(content: Any, tmp_path: Path) -> None:
     _write_index(tmp_path / "vit", content)
     with pytest.raises(InputError, match=r"index\.json must map parameters to names of files"):
         read_folder(tmp_path / "vit")
+
+
+def test_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home("~/model.pth") == Path("/home/me/model.pth")
+    with pytest.raises(
+        InputError, match=r"^there is no checkpoint ~nobody-of-this-name/x\.pth: ~nobody-of-this-name is no user's"
+    ):
+        expand_home("~nobody-of-this-name/x.pth")

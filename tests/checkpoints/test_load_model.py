@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import Checkpoint, load_model
 from vit_probe.data.preprocessing import Preprocessing
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 from vit_probe.models.config import ResNetConfig, ViTConfig
 from vit_probe.models.vit import VisionTransformer
 from vit_probe.results import weights_sha256
@@ -142,7 +142,7 @@ def test_missing_files_and_configurations(tmp_path: Path) -> None:
     ("value", "kind"), [(None, "NoneType"), (5, "int"), (b"demo", "bytes"), (torch.nn.Linear(1, 1), "Linear")]
 )
 def test_what_is_neither_name_nor_path(value: Any, kind: str) -> None:
-    with pytest.raises(InputError, match=rf"^load_model takes a path or one of demo, .*; got a {kind} \(a model in memory"):
+    with pytest.raises(InputError, match=rf"^load_model takes a path or one of demo, .*; got {kind} \(a model in memory"):
         load_model(value)
 
 
@@ -361,3 +361,21 @@ def test_a_warning_states_the_assumed_number_of_heads(tmp_path: Path) -> None:
         warnings.simplefilter("always", AssumptionWarning)
         load_model(tmp_path / "bare.safetensors", num_heads=3)
     assert not [warning for warning in caught if "heads" in str(warning.message)]
+
+
+def test_the_architecture_stated_beside_the_model_goes_before_the_files_name(tmp_path: Path) -> None:
+    state = VisionTransformer(replace(TINY, embed_dim=768, num_heads=16)).state_dict()
+    torch.save({"arch": "vit_base_patch16_gap_224", "state_dict": state}, tmp_path / "vit_base_patch16_224.pth")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*attention heads")
+        assert load_model(tmp_path / "vit_base_patch16_224.pth").config.num_heads == 16
+
+
+def test_messages_name_what_cannot_be_found_and_hold_no_control_characters(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the model's name is empty; pass a path, or one of demo"):
+        load_model("")
+    with pytest.raises(InputError, match=r"no checkpoint ~nobody-of-this-name/x\.pth: ~nobody-of-this-name is no user's home"):
+        load_model("~nobody-of-this-name/x.pth")
+    torch.save(VisionTransformer(TINY).state_dict() | {"a\x1b[1m\nb": torch.ones(1)}, tmp_path / "c.pth")
+    with pytest.raises(UnsupportedArchitecture, match=r"unexpected: a\\x1b\[1m\\nb$"):
+        load_model(tmp_path / "c.pth", num_heads=4)

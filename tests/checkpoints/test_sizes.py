@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from vit_probe.checkpoints import load_model
-from vit_probe.checkpoints.sizes import check_depth
+from vit_probe.checkpoints.sizes import check_depth, check_sides
 from vit_probe.errors import InputError
 
 
@@ -49,3 +49,12 @@ def test_timm_takes_no_memory_for_a_model_that_is_far_larger_than_its_weights(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"describes a model of \d+ parameters, but the weights hold \d+\)$"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "processor", [{"size": 10**6}, {"size": {"shortest_edge": 10**6}}, {"size": {}, "crop_size": {"height": 10**6}}]
+)
+def test_absurd_sides(processor: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"the image processor has \w+ 1000000; at most 16384 pixels are supported"):
+        check_sides(processor)
+    check_sides({"size": {"shortest_edge": 65_536, "longest_edge": 10**8}})  # numbers of pixels

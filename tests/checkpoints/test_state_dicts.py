@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_probe.checkpoints.state_dicts import find_state
+from vit_probe.checkpoints.state_dicts import find_state, stated_architecture
 from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 
 FILE = Path("runs/checkpoint.pth")
@@ -56,6 +56,7 @@ TRAINED: dict[str, Any] = {
     "image tower": {"state_dict": model(prefix="module.visual.trunk.") | {"module.text.ln.weight": torch.ones(1)}},
     "the same twice": {"state_dict": model(), "model": model(prefix="module.")},
     "DINOv2's chunks": {"teacher": chunked(model(prefix="backbone."), r"blocks.\1.\1") | {"dino_head.weight": torch.ones(1)}},
+    "thop": model() | {"total_ops": torch.ones(1), "blocks.0.total_params": torch.ones(1)},
     "one chunk": {"teacher": chunked(model(), r"blocks.0.\1")},
     "a dictionary that holds itself": cycle(),
     "a dictionary inside itself": itself(),
@@ -100,6 +101,13 @@ SEVERAL: dict[str, tuple[Any, str]] = {
     ),
     "BYOL": (model(2, "online_encoder.") | model(1, "target_encoder."), "target_encoder"),
     "inside the trained one": (model(2) | {"ema": model(1)}, "ema"),
+    "MoCo": (model(2, "module.encoder_q.") | model(1, "module.encoder_k."), "module.encoder_k"),
+    "ALBEF": ({"model": model(2, "visual_encoder.") | model(1, "visual_encoder_m.")}, "model.visual_encoder_m"),
+    "Lightning's average": ({"state_dict": model(1), "current_model_state": model(2)}, "state_dict"),
+    "an average beside its model": (model(2, "ema.online_model.") | model(1, "ema.ema_model."), "ema.ema_model"),
+    "an average in training": ({"model": model(2), "avg_model": model(1)}, "avg_model"),
+    "a network's average": ({"net": model(2), "netEMA": model(1)}, "netEMA"),
+    "the optimiser's average": ({"optimizer": {"ema": model(2)}, "model": model(1)}, "model"),
     "no average": ({"student": model(2), "network": model(1)}, "network"),
 }
 
@@ -122,6 +130,7 @@ def test_nothing_says_which_of_several_models_is_meant() -> None:
     [
         (("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight"), "decoder_embed, decoder_blocks"),  # MAE
         (("head.0.weight", "head.1.running_mean"), "head"),  # MoCo v3
+        (("fc.fc1.weight", "fc.bn1.running_mean"), "fc"),  # MSN
     ],
 )
 def test_parts_of_pretraining_are_left_out(others: tuple[str, ...], left_out: str) -> None:
@@ -167,7 +176,7 @@ def test_blocks_numbered_anew_in_each_group() -> None:
 def test_a_parameter_twice_and_a_parameter_that_is_no_tensor() -> None:
     with pytest.raises(InputError, match="holds a parameter twice"):
         find_state(model() | model(2, "_orig_mod."), FILE)
-    with pytest.raises(InputError, match=r"holds norm\.bias as a list instead of a tensor"):
+    with pytest.raises(InputError, match=r"holds norm\.bias as list, not as a tensor"):
         find_state(model() | {"norm.bias": [0.0]}, FILE)
 
 
@@ -185,3 +194,25 @@ def test_endless_nesting() -> None:
         find_state(content, FILE)
     while content:  # without recursion, which would overflow the stack
         content = content.get("model", {})
+
+
+STATED: dict[str, tuple[Any, str]] = {
+    "beside the model": ({"arch": "vit_base_patch16_gap_224", "state_dict": model()}, "vit_base_patch16_gap_224"),
+    "around it": ({"model": "timm/vit_tiny_patch16_224.augreg", "a": {"b": model(prefix="x.")}}, "vit_tiny_patch16_224.augreg"),
+    "among the options": ({"args": {"model": "deit_small_patch16_224"}, "model": model()}, "deit_small_patch16_224"),
+    "nearer": ({"arch": "vit_base_patch16_224", "a": {"arch": "vit_base_patch8_224", "b": model()}}, "vit_base_patch8_224"),
+    "of another model": ({"teacher": {"arch": "vit_base_patch16_224"}, "model": model()}, ""),
+    "no name of timm's": ({"arch": "vit_small", "state_dict": model()}, ""),
+    "no name": ({"arch": 5, "state_dict": model()}, ""),
+    "a dictionary inside itself": (itself() | {"arch": "vit_base_patch16_224"}, "vit_base_patch16_224"),
+}
+
+
+@pytest.mark.parametrize(("content", "name"), STATED.values(), ids=STATED.keys())
+def test_the_architecture_that_a_checkpoint_states(content: Any, name: str) -> None:
+    assert stated_architecture(content, find_state(content, FILE)) == name
+
+
+def test_messages_hold_no_control_characters() -> None:
+    with pytest.warns(AssumptionWarning, match=r"\(ema, a\\x1bb\)"):
+        find_state({"ema": model(), "a\x1bb": model(2)}, FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from tests.checkpoints.parity import assert_same, images, randomize
 from vit_probe.checkpoints import load_model
-from vit_probe.errors import AssumptionWarning, InputError
+from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 
 timm = pytest.importorskip("timm")
 
@@ -213,8 +214,8 @@ def test_errors_explain_the_problem(tmp_path: Path) -> None:
         _load(tmp_path, {}, heads=4)
     with pytest.raises(InputError, match=r"missing: blocks\.1\.norm1\.bias, blocks\.1\.norm1\.weight"):
         _load(tmp_path, {}, ("blocks.1.norm1.weight", "blocks.1.norm1.bias"), **heads)
-    with pytest.raises(InputError, match=r"unexpected: blocks\.0\.gamma_1"):
-        _load(tmp_path, {"blocks.0.gamma_1": torch.ones(32)}, **heads)
+    with pytest.raises(InputError, match=r"unexpected: blocks\.0\.gamma_3"):
+        _load(tmp_path, {"blocks.0.gamma_3": torch.ones(32)}, **heads)
     with pytest.raises(InputError, match=r"wrongly shaped: norm\.weight \(31,\) instead of \(32,\)"):
         _load(tmp_path, {"norm.weight": torch.ones(31)}, **heads)
     with pytest.raises(InputError, match=r"incomplete: it holds no parameter blocks\.0\.mlp\.fc2\.weight"):
@@ -363,3 +364,41 @@ def test_every_parameter_matters(tmp_path: Path) -> None:
             # (A bias of the keys' norm adds the same to a query's scores for all keys; softmax does not see it.)
             assert name.endswith("k_norm.bias") or (ours(images(48)) - before).abs().max() > 1e-4, name
             parameter.copy_(kept)
+
+
+def test_original_names_of_deit_iii_and_ibot(tmp_path: Path) -> None:
+    theirs = randomize(VisionTransformer(**(TINY | {"init_values": 1e-5})))
+    state = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): value for name, value in theirs.state_dict().items()}
+    save_file(state | {"masked_embed": torch.zeros(1, 32)}, tmp_path / "deit.safetensors")
+    ours = load_model(tmp_path / "deit.safetensors", num_heads=4)
+    with torch.no_grad():
+        assert_same(ours(images(48)), theirs(images(48)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"depth": 3},
+        {"embed_dim": 64},
+        {"patch_size": 16},
+        {"qk_norm": True},
+        {"reg_tokens": 4},
+        {"mlp_ratio": 8},
+        {"in_chans": 1},
+        {"class_token": False},
+        {"qkv_bias": False},
+        {"pre_norm": True},
+        {"init_values": 1e-5},
+    ],
+)
+def test_arguments_that_contradict_the_weights(arguments: dict[str, Any]) -> None:
+    from vit_probe.checkpoints.timm import from_state_dict
+
+    state = VisionTransformer(**TINY).state_dict()
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 4, "mlp_ratio": 4.0, "depth": 2}}
+    from_state_dict(state, {}, config)
+    (name,) = arguments
+    with pytest.raises(
+        UnsupportedArchitecture, match=f"config.json has {name}=.*, which contradicts the shapes of the weights"
+    ):
+        from_state_dict(state, {}, config | {"model_args": {"num_heads": 4} | arguments})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -57,3 +60,22 @@ def test_layers_seen_at_a_softmax_are_named_below_the_table(capsys: pytest.Captu
     table.attrs["unfused"] = ["blocks.0.attn", "blocks.1.attn"]
     terminal.report([], table)
     assert "seen at a softmax in the model's own code: the attention of blocks.0.attn, blocks.1.attn" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_full_disk_behind_standard_output() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-m", "vit_probe", "models"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("vit-probe: cannot write to standard output: No space left on device; ")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["--help"]])
+def test_a_pipe_that_nobody_reads(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vit_probe", *arguments]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")

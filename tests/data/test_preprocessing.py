@@ -104,13 +104,27 @@ class TestPreprocessing:
             ({"resize": (8, 0)}, "must be at least 1 pixel"),
             ({"std": (1.0, 0.0, 1.0)}, r"std above 0, got mean=\(0.485, 0.456, 0.406\) and std=\(1.0, 0.0, 1.0\)"),
             ({"mean": (float("nan"), 0.0, 0.0)}, "mean and std must be finite"),
-            ({"interpolation": "box"}, "interpolation be one of nearest, bilinear, bicubic, lanczos; .* and 'box'"),
+            ({"interpolation": "box"}, "interpolation must be one of nearest, bilinear, bicubic, lanczos; got 'box'"),
+            ({"interpolation": ["bilinear"]}, r"got \['bilinear'\]"),
+            (
+                {"size": 8},
+                r"size must be a pair \(height, width\), such as \(224, 224\), and resize an int or a pair; got 8 and 8",
+            ),
+            ({"size": (8, 8.0)}, r"got \(8, 8.0\) and 8"),
+            ({"resize": "8"}, r"got \(8, 8\) and '8'"),
+            ({"mean": 0.5}, r"mean and std must have three values each, .*got 0.5 and"),
+            ({"std": ("a", "b", "c")}, r"and \('a', 'b', 'c'\)"),
             ({"crop_rounding": "up"}, "crop_rounding must be half_to_even or down, got 'up'"),
         ],
     )
     def test_impossible_values_raise(self, fields: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             Preprocessing(**{"size": (8, 8), "resize": 8} | fields)
+
+    def test_a_size_that_is_no_pair(self) -> None:
+        for call in (Preprocessing.imagenet, PREPROCESSING.scaled):
+            with pytest.raises(InputError, match=r"size must be a pair \(height, width\), such as \(224, 224\); got 224"):
+                call(224)  # type: ignore[arg-type]
 
     def test_standardised_per_channel(self) -> None:
         flat = Image.new("RGB", (64, 64), (255, 0, 51))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_files_that_are_not_a_state(content: bytes | str | None, tmp_path: Path)
         read_state(path, IDENTITY)
 
 
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes here")
+    os.mkfifo(tmp_path / "state")
+    with pytest.raises(InputError, match=r"state is not the state of a run; .* \(it is not a regular file\)"):
+        read_state(tmp_path / "state", IDENTITY)
+
+
 def test_a_state_that_cannot_be_deleted(tmp_path: Path) -> None:
     (tmp_path / "run-state.safetensors").mkdir()
     with pytest.raises(InputError, match=r"cannot delete .*run-state.safetensors, the state of an earlier run: .*; delete it"):
@@ -161,6 +170,8 @@ DAMAGED = {
     "no list": {"measures": 3},
     "too few measures": {"measures": []},
     "numbers as measures": {"measures": [1, 2]},
+    "a word as batch size": {"max_batch_size": "x"},
+    "batches of no image": {"max_batch_size": 0},
 }
 
 
@@ -177,4 +188,27 @@ def test_a_damaged_state_with_a_valid_checksum(damage: str, tmp_path: Path) -> N
     arrays = {"0/mean": np.zeros(2)}
     save_file(arrays, path, {"vit_probe_state": content, "sha256": resume._checksum(content, arrays)})
     with pytest.raises(InputError, match="state is not the state of a run; delete it, or omit --resume"):
+        attention.observe(mean_attention_distance.observer(attention.grid), state=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda found: found["measures"][0].update(names=[["other"], ["other"]]), "is not the state of a run; delete it"),
+        (lambda found: found["measures"][0].update(names=[["distance"], ["distance"]]), "is not the state of a run; delete it"),
+        (lambda found: found["images"].update(position="x"), "does not number its images"),
+        (lambda found: found["images"].pop("names"), "is not the state of a run; delete it"),
+    ],
+)
+def test_parts_of_a_state_that_do_not_fit_together(change: Callable[[Any], Any], sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    attention = AttentionRun(small_vit(), images(), device="cpu")
+    attention.observe(mean_attention_distance.observer(attention.grid), state=path)
+    with safe_open(path, framework="numpy") as file:
+        content = json.loads(file.metadata()["vit_probe_state"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    change(content)
+    text = json.dumps(content)
+    save_file(arrays, path, {"vit_probe_state": text, "sha256": resume._checksum(text, arrays)})
+    with pytest.raises(InputError, match=sentence):
         attention.observe(mean_attention_distance.observer(attention.grid), state=path)

@@ -83,6 +83,7 @@ UNKNOWN = {
     "all tokens are averaged": Tokens({"register": 1}, lambda t: t.mean(1)),
     "several tokens share the name": Tokens({"cls_token": 2}, everything),
     "two unnamed tokens are used": Tokens({"a": 1, "b": 1}, lambda t: t[:, :2].mean(1)),
+    "the output depends on nothing": Tokens({"a": 1}, lambda t: 0 * t[:, 0]),
     "the name contradicts the use": Tokens({"cls_token": 1, "a": 1, "b": 1}, lambda t: t[:, 1:3].mean(1)),
 }
 

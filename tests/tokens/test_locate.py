@@ -348,3 +348,32 @@ def test_attention_that_is_not_captured() -> None:
         block.attn.fused_attn, block.attn.attn_drop = False, torch.nn.Threshold(0.1, 0.0)
     with leaves_nothing(model), pytest.raises(InputError, match="VisionTransformer was called, but no self-attention could be"):
         locate_tokens(model, 32, 48)
+
+
+def test_under_autocast() -> None:
+    model = FAMILIES["timm"].model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert locate_tokens(model, 32, 48).grid == FAMILIES["timm"].grid
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_patches_of_a_padded_image(padding: int) -> None:
+    """They lie an eighth of their side beside the cells of the grid."""
+    model = FAMILIES["encoder"].model()
+    model.proj.padding = (padding, padding)
+    assert locate_tokens(model, 32, 48).grid == FAMILIES["encoder"].grid
+
+
+def test_graphs_whose_mode_is_fixed() -> None:
+    model = FAMILIES["encoder"].model()
+    any_number = ({0: torch.export.Dim.DYNAMIC},)
+    graph = torch.export.export(model.eval(), (torch.randn(2, 3, 32, 48),), dynamic_shapes=any_number).module()
+    assert locate_tokens(graph, 32, 48, grid=FAMILIES["encoder"].grid).grid == FAMILIES["encoder"].grid
+
+
+def test_the_patch_size_that_a_model_names() -> None:
+    model = FAMILIES["encoder"].model()
+    torch.manual_seed(0)
+    model.proj = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 32, 2, 2))
+    model.patch_size = 8
+    assert locate_tokens(model, 32, 48).grid == FAMILIES["encoder"].grid

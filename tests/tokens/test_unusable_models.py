@@ -59,12 +59,21 @@ class DropsPatches(nn.Module):
         (TwoTowers(), r"TwoTowers cannot be called with these images .*: pass model.visual.trunk \(a VisionTransformer\)"),
         (Videos(), "Videos takes videos, several frames at a time"),
         (ImagesAndMore(), r"ImagesAndMore cannot be called with images alone \(TypeError: .*points"),
-        (DropsPatches(), "DropsPatches gives the same image other tokens each time: it drops or shuffles patches at random"),
+        (
+            DropsPatches(),
+            "DropsPatches gives the same image other tokens each time: it drops, shuffles or changes them at random",
+        ),
     ],
 )
 def test_what_to_pass_instead(model: nn.Module, message: str) -> None:
     with pytest.raises(InputError, match=message):
         locate_tokens(model.eval(), 24, 24)
+
+
+def test_torchscript() -> None:
+    graph = torch.jit.trace(Encoder().eval(), torch.randn(2, 3, 32, 48), check_trace=False)
+    with pytest.raises(InputError, match="TorchScript"):
+        mean_attention_distance(graph, torch.randn(1, 3, 40, 48))
 
 
 def test_images_of_other_channels() -> None:

@@ -102,8 +102,11 @@ class UnfusedCall(AttentionCall):
 
     def token_vectors(self) -> tuple[Tensor, Tensor]:
         # Identity attention returns each token's own value. The score of a token with itself depends on that token alone, too,
-        # unless the queries are those of other tokens.
+        # unless the queries are those of other tokens, or the largest score of each row was subtracted, which softmax does not
+        # notice.
         assert self.mask is not None
+        values = self.to_tokens(self.identity_output()).reshape(*self.query.shape[:3], -1)
+        if not self.mask.amax(dim=-1).any():
+            return values, values
         own_scores = self.mask.diagonal(dim1=-2, dim2=-1)[..., None]
-        own_scores = own_scores.clamp_min(-1e4)  # where a mask hides each token from itself
-        return self.to_tokens(self.identity_output()).reshape(*own_scores.shape[:3], -1), own_scores
+        return values, own_scores.clamp_min(-1e4)  # where a mask hides each token from itself

@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
+from vit_probe.attention.arguments import check_model, check_observers
 from vit_probe.attention.calls import AttentionCall, UnfusedCall
 from vit_probe.attention.intercept import AttentionInterceptor, intercept_attention
 from vit_probe.attention.tiles import TILE_BYTES, AttentionInputs, AttentionObserver, LayerObserver, TiledAttention
@@ -54,9 +56,9 @@ def attention_hooks(
         The hooks, which list the layers.
 
     Raises:
-        InputError: At the end of the context, if the model was called and the attention of some or all of its layers was not
-            captured; with `verify`, if only parts of the model were called. At its start, if another thread is measuring the
-            model.
+        InputError: At the start of the context, if an argument is of another type, or another thread is measuring the model. At
+            its end, if the model was called and the attention of some or all of its layers was not captured; with `verify`, if
+            only parts of the model were called.
         RuntimeError: With `verify`, if the outputs differ by more than rounding.
 
     Examples:
@@ -78,8 +80,10 @@ def attention_hooks(
         >>> list(observer.by_layer) == hooks.layers
         True
     """
-    if tile_bytes < 1:
-        raise InputError(f"tile_bytes must be positive, got {tile_bytes}")
+    check_model(model, observers[0] if observers else None)
+    check_observers(observers)
+    if not isinstance(tile_bytes, Real) or tile_bytes < 1:
+        raise InputError(f"tile_bytes must be a positive number, got {tile_bytes!r}")
     hooks = AttentionHooks(observers, tile_bytes)
     # verify_outputs notes the settings of the untouched model, so it must come before the interception changes them.
     with verify_outputs(model) if verify else nullcontext() as comparisons, intercept_attention(model, hooks):

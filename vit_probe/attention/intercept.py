@@ -6,7 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -293,7 +293,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     with exclusive_use(model):
         training = {module: module.training for module in model.modules()}
         try:
-            model.eval()
+            with suppress(NotImplementedError):  # graphs of torch.export, whose mode is fixed
+                model.eval()
             with torch.no_grad():
                 yield
         finally:

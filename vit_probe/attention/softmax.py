@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from vit_probe.errors import InputError
 
 __all__ = ["SoftmaxProduct", "SoftmaxTracker"]
 
@@ -48,6 +51,7 @@ class _Softmax:
     scores: Tensor
     modules: tuple[Any, ...]
     version: int | None  # of the tensor that holds the result: another one if it was written to
+    is_dropped: bool = False  # whether dropout has set some weights to 0
 
 
 class SoftmaxTracker:
@@ -66,6 +70,7 @@ class SoftmaxTracker:
 
     def __init__(self) -> None:
         self._results = WeakIdKeyDictionary()  # keeps no map alive
+        self._multiplied = WeakIdKeyDictionary()  # scores whose softmax has been multiplied
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, modules: Sequence[Any]) -> None:
         """Take note of a function that was called while `modules` were running."""
@@ -78,10 +83,15 @@ class SoftmaxTracker:
         elif self._results and name in _UNCHANGED and isinstance(result, Tensor):
             softmax = self._softmax(args[0] if args else None)
             if softmax is not None and result.shape[-2:] == softmax.scores.shape[-2:]:
-                self._results[result] = _Softmax(softmax.scores, softmax.modules, _version(result))
+                dropped = softmax.is_dropped or (name == "dropout" and result is not args[0] and bool((result == 0).any()))
+                self._results[result] = _Softmax(softmax.scores, softmax.modules, _version(result), dropped)
 
     def product(self, func: Any, args: Sequence[Any]) -> SoftmaxProduct | None:
-        """Return the product of a softmax and values, if that is what the function computes of these arguments."""
+        """Return the product of a softmax and values, if that is what the function computes of these arguments.
+
+        Raises:
+            InputError: If the softmax has been multiplied before.
+        """
         if not self._results or (name := _name(func)) not in _PRODUCTS:
             return None
         first = 1 if name == "einsum" else 0
@@ -90,7 +100,7 @@ class SoftmaxTracker:
         place = first if self._softmax(args[first]) is not None else first + 1
         weights, values = args[place], args[2 * first + 1 - place]
         softmax = self._softmax(weights)
-        if softmax is None:
+        if softmax is None or not (softmax.is_dropped or _holds_softmax(weights, softmax.scores)):
             return None
         if name == "einsum":
             order = _axes_of_tokens(args[0], place - 1)
@@ -99,6 +109,13 @@ class SoftmaxTracker:
             order = list(range(weights.ndim)) if is_product else None
         if order is None:
             return None
+
+        if softmax.scores in self._multiplied:
+            raise InputError(
+                "a layer multiplies the same softmax twice: its attention is not one softmax times the values, so there is no "
+                "attention map that could be measured"
+            )
+        self._multiplied[softmax.scores] = None
 
         def compute(replaced: Tensor) -> Tensor:
             result: Tensor = func(*args[:place], replaced, *args[place + 1 :])
@@ -110,6 +127,17 @@ class SoftmaxTracker:
         """Return where a tensor comes from if it holds the result of a softmax still."""
         softmax: _Softmax | None = self._results.get(tensor) if isinstance(tensor, Tensor) else None
         return softmax if softmax is not None and softmax.version == _version(tensor) else None
+
+
+def _holds_softmax(weights: Tensor, scores: Tensor) -> bool:
+    """Return whether weights are the softmax of the scores in the first and the last head.
+
+    Tensors do not tell of everything that is written to them: not in inference mode, and not through `.data`.
+    """
+    heads = [-1, *scores.shape[-2:]]
+    some = torch.stack([scores.reshape(heads)[[0, -1]].float().softmax(dim=-1), weights.reshape(heads)[[0, -1]].float()])
+    expected, found = some.nan_to_num()
+    return bool(((expected - found).abs() <= 1e-5 + 4 * torch.finfo(weights.dtype).eps).all())
 
 
 def _axes_of_tokens(equation: Any, place: int) -> list[int] | None:

@@ -13,7 +13,15 @@ from torch import nn
 
 from vit_probe.checkpoints import google_npz, huggingface, timm, torchvision
 from vit_probe.checkpoints.checkpoint import Checkpoint
-from vit_probe.checkpoints.files import WEIGHT_FILES, file_format, read_arrays, read_folder, read_json, read_tensors
+from vit_probe.checkpoints.files import (
+    WEIGHT_FILES,
+    expand_home,
+    file_format,
+    read_arrays,
+    read_content,
+    read_folder,
+    read_json,
+)
 from vit_probe.checkpoints.hub import PREFIXES, fetch
 from vit_probe.checkpoints.import_library import one_line
 from vit_probe.checkpoints.libraries import open_clip as open_clip_models
@@ -24,7 +32,8 @@ from vit_probe.checkpoints.libraries import transformers as transformers_models
 from vit_probe.checkpoints.names import suggest_source
 from vit_probe.checkpoints.own import read_own, save_model
 from vit_probe.checkpoints.sizes import check_depth
-from vit_probe.checkpoints.state_dicts import find_state
+from vit_probe.checkpoints.state_dicts import find_state, stated_architecture
+from vit_probe.data.image_files import printable
 from vit_probe.errors import InputError, UnsupportedArchitecture
 from vit_probe.models.config import check_fields
 
@@ -51,8 +60,9 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
               transformers, torchvision or this package, of an architecture that `VisionTransformer` covers. It may be a
               checkpoint as training leaves it: what precedes the parameters' names is stripped, heads, decoders and optimisers
               beside the model are left out, and of several models in one file, the teacher, target or moving average is taken,
-              with a warning. What shapes do not tell (heads, activation, epsilon, pooling) is taken from the names of the file
-              and its folder if they are timm's, and else assumed, with a warning. Pickled code is never run;
+              with a warning. What shapes do not tell (heads, activation, epsilon, pooling) is taken from the architecture's
+              name, as the checkpoint itself, its file or its folder gives it, if it is one of timm's, and else assumed, with a
+              warning. Pickled code is never run;
             - a folder with `config.json` and weights, as transformers or timm writes it. ViT, MAE, DeiT, DINOv2 and DINOv2
               with registers become `VisionTransformer`; others are loaded by the library (CLIP, SigLIP, DINOv3, BEiT, EVA,
               Swin, SAM, Depth Anything; of a model that takes text as well, the image tower);
@@ -83,11 +93,13 @@ def load_model(name_or_path: str | Path, **overrides: Any) -> nn.Module:
     """
     if not isinstance(name_or_path, str | Path):
         raise InputError(
-            f"load_model takes a path or one of {_NAMES}; got a {type(name_or_path).__name__} (a model in memory needs no "
+            f"load_model takes a path or one of {_NAMES}; got {type(name_or_path).__name__} (a model in memory needs no "
             "loading)"
         )
+    if name_or_path == "":
+        raise InputError(f"the model's name is empty; pass a path, or one of {_NAMES}")
     check_fields(overrides)
-    with _input_errors(_printable(str(name_or_path))):
+    with _input_errors(printable(name_or_path)):
         return _load(name_or_path, overrides)
 
 
@@ -99,8 +111,11 @@ def _input_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        message = printable(str(error))  # names of files and parameters may hold anything
+        if message == str(error):
+            raise
+        raise type(error)(message) from None
     except OSError as error:
         raise InputError(f"{name[:_MAX_NAME]} cannot be read ({error.strerror or type(error).__name__})") from error
     except Exception as error:
@@ -108,11 +123,6 @@ def _input_errors(name: str) -> Iterator[None]:
             f"{name[:_MAX_NAME]} cannot be loaded; it may be damaged, or its parts contradict each other "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def _printable(name: str) -> str:
-    """Escape what is not UTF-8, as names of files need not be: results and figures show the model's name."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _load(name_or_path: str | Path, overrides: Mapping[str, Any]) -> nn.Module:
@@ -128,8 +138,8 @@ def _load(name_or_path: str | Path, overrides: Mapping[str, Any]) -> nn.Module:
     elif name_or_path == "demo":  # not Path("demo"), which is a file or folder of that name
         model = _read_file(_DEMO, overrides).build()
     else:
-        path = Path(name).expanduser()
-        model, name = _load_path(path, overrides), _printable(path.resolve().name)
+        path = expand_home(name)
+        model, name = _load_path(path, overrides), printable(path.resolve().name)
     model.name = name  # type: ignore[assignment]
     return model
 
@@ -153,10 +163,12 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         return google_npz.from_arrays(read_arrays(path), overrides)
     if kind == "safetensors" and (own := read_own(path)) is not None:
         return replace(own, config=replace(own.config, **overrides))
-    state = read_tensors(path)
+    content = read_content(path)
+    state = find_state(content, path)
+    name = stated_architecture(content, state) or f"{path.absolute().parent.name}/{path.name}"
     for layout in (huggingface, torchvision, timm):
         if layout.matches(state):
-            return layout.from_state_dict(state, overrides, name=f"{path.absolute().parent.name}/{path.name}")
+            return layout.from_state_dict(state, overrides, name=name)
     raise InputError(
         f"{path} is not a Vision Transformer with the parameter names of timm, transformers, torchvision or this package; its "
         f"first parameters are {', '.join(list(state)[:3])}"

@@ -14,8 +14,9 @@ from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitect
 from vit_probe.models.config import ViTConfig, as_pair
 from vit_probe.models.vit import VisionTransformer
 
-__all__ = ["Checkpoint", "assume_imagenet_preprocessing", "check_finite"]
+__all__ = ["MAX_SIDE", "Checkpoint", "assume_imagenet_preprocessing", "check_finite", "check_preprocessing"]
 
+MAX_SIDE = 16_384  # pixels; no published model comes near, and a larger image would fill the memory
 _MAX_LISTED = 20  # parameter names in an error message
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,7 +48,8 @@ class Checkpoint:
 
         Raises:
             UnsupportedArchitecture: If parameters are missing, unexpected or wrongly shaped.
-            InputError: If parameters are not ordinary floating-point numbers, or not finite.
+            InputError: If parameters are not ordinary floating-point numbers, or not finite in float32, or if images would be
+                prepared at an absurd size.
         """
         config, state = self.config, self.state
         units = config.depth + (sum(config.stem.layers) if config.stem else 0)
@@ -70,8 +72,10 @@ class Checkpoint:
             listed = "; ".join(f"{problem}: {_listed(names)}" for problem, names in problems if names)
             raise UnsupportedArchitecture(f"the checkpoint does not fit the model it describes; {listed}")
         _check_floating_point(state)
-        check_finite(state.items())
-        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        state = {name: value.float() for name, value in state.items()}
+        check_finite(state.items())  # after the cast, in which large float64 numbers become infinite
+        check_preprocessing(self.preprocessing)
+        model.load_state_dict(state, assign=True)
         model.preprocessing = self.preprocessing
         if self.preprocessing is None and config.in_channels == 3:
             model.preprocessing = assume_imagenet_preprocessing(as_pair(config.image_size, "image_size"))
@@ -104,7 +108,24 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """
     not_finite = [name for name, value in parameters if not value.isfinite().all()]
     if not_finite:
-        raise InputError(f"the checkpoint holds NaN or infinity (did training diverge?) in {', '.join(not_finite[:5])}")
+        raise InputError(
+            "the checkpoint holds NaN or infinity (did training diverge?), or numbers too large for float32, in "
+            f"{', '.join(not_finite[:5])}"
+        )
+
+
+def check_preprocessing(preprocessing: Preprocessing | None) -> None:
+    """Check that no image is prepared at a size that only a damaged or hostile configuration states.
+
+    Raises:
+        InputError: If a side is longer than 16,384 pixels.
+    """
+    if preprocessing is not None:
+        sides = (*preprocessing.size, *as_pair(preprocessing.resize, "resize"))
+        if max(sides) > MAX_SIDE:
+            raise InputError(
+                f"the checkpoint asks for photographs of {max(sides)} pixels a side; at most {MAX_SIDE} are supported"
+            )
 
 
 def _listed(names: list[str]) -> str:

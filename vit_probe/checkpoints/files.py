@@ -19,7 +19,17 @@ from vit_probe.checkpoints.pickles import load_pickle
 from vit_probe.checkpoints.state_dicts import find_state
 from vit_probe.errors import InputError
 
-__all__ = ["TENSOR_SUFFIXES", "WEIGHT_FILES", "file_format", "read_arrays", "read_folder", "read_json", "read_tensors"]
+__all__ = [
+    "TENSOR_SUFFIXES",
+    "WEIGHT_FILES",
+    "expand_home",
+    "file_format",
+    "read_arrays",
+    "read_content",
+    "read_folder",
+    "read_json",
+    "read_tensors",
+]
 
 Format = Literal["npz", "safetensors", "pickle"]
 
@@ -46,6 +56,18 @@ _FOREIGN_ARCHIVES = (
     (r"(.*/)?\.data/extern_modules", "a torch.package archive, which holds a program; save the model's state_dict() instead"),
     (r"(metadata|config)\.json$", "a Keras archive; save the model's weights with PyTorch"),
 )
+
+
+def expand_home(path: str) -> Path:
+    """Replace `~` or `~USER` at the beginning of a path by the home directory.
+
+    Raises:
+        InputError: If there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"there is no checkpoint {path}: {Path(path).parts[0]} is no user's home directory") from None
 
 
 def file_format(path: Path) -> Format:
@@ -105,13 +127,28 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read_content(path: Path) -> Any:
+    """Read everything that a safetensors or PyTorch file holds, onto the CPU.
+
+    Raises:
+        InputError: If the file is missing, truncated or damaged, or can only be read by running code.
+    """
+    match file_format(path):
+        case "npz":
+            raise InputError(f"{path} is an .npz archive of NumPy arrays, which is read only as a model in Google's layout")
+        case "safetensors":
+            return _load_safetensors(path)
+        case "pickle":
+            return load_pickle(path)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a model's parameters from a safetensors or PyTorch file, onto the CPU; see `find_state` for training checkpoints.
 
     Raises:
         InputError: If the file is missing, truncated or damaged, can only be read by running code, or holds no parameters.
     """
-    return find_state(_read_content(path), path)
+    return find_state(read_content(path), path)
 
 
 def read_folder(folder: Path) -> Any:
@@ -122,12 +159,12 @@ def read_folder(folder: Path) -> Any:
     """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return _read_content(folder / name)
+            return read_content(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards: dict[str, Any] = {}
             for shard in _shards(index):
-                shards |= _read_content(folder / shard)
+                shards |= read_content(folder / shard)
             return shards
     raise InputError(f"the folder {folder} holds no weights; expected {' or '.join(WEIGHT_FILES)}, in one file or in shards")
 
@@ -162,16 +199,6 @@ def _shards(index: Path) -> list[str]:
     if missing:
         raise InputError(f"{index} lists {', '.join(missing[:10])}, not found in {index.parent}")
     return sorted(set(names))
-
-
-def _read_content(path: Path) -> Any:
-    match file_format(path):
-        case "npz":
-            raise InputError(f"{path} is an .npz archive of NumPy arrays, which is read only as a model in Google's layout")
-        case "safetensors":
-            return _load_safetensors(path)
-        case "pickle":
-            return load_pickle(path)
 
 
 def _load_safetensors(path: Path) -> Any:

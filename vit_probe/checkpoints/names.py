@@ -19,6 +19,8 @@ _OPEN_CLIP = r"((?:ViT|RN|EVA|PE|CoCa|coca|NLLB|MobileCLIP|ViTamin)[\w-]*-[\w-]*
 _OPENAI_CLIP = r"ViT-([A-Z])/(\d+)(@336px)?"  # OpenAI's own names, which are also the ViT paper's
 _TORCHVISION = r"(vit_[blh]_\d+|swin(_v2)?_[tsb]|maxvit_t|resnet\d+)(\.[A-Z0-9_]+)?"
 _TIMM = r"[a-z]+[a-z0-9]*(_[a-z0-9]+)+(\.[a-z0-9_]+)?"
+_TORCH_HUB = r"(dino|dinov2)_vit([sblg])(8|14|16)(_reg)?"
+_DINO_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 _HUB = r"[\w.-]+/[\w.-]+"
 
 
@@ -43,6 +45,10 @@ def suggest_source(name: str) -> str | None:
         return f"open_clip:ViT-{clip[1]}-{clip[2]}{'-336' if clip[3] else ''}/openai"
     if clip := re.fullmatch(_OPEN_CLIP, name):
         return f"open_clip:{clip[1]}{clip[2] or '/TAG'}"
+    if dino := re.fullmatch(_TORCH_HUB, name):
+        registers = "-with-registers" if dino[4] else ""
+        size = f"vit{dino[2]}{dino[3]}" if dino[1] == "dino" else _DINO_SIZES[dino[2]]
+        return f"hf:facebook/{dino[1]}{registers}-{size}"
     if re.fullmatch(_TORCHVISION, name):
         return f"torchvision:{name}"
     if re.fullmatch(_TIMM, name):

@@ -33,8 +33,8 @@ def save_model(model: VisionTransformer, path: str | Path) -> Path:
         path: Must end in `.safetensors`; an existing file is replaced atomically.
 
     Raises:
-        InputError: If the path does not end in `.safetensors` or cannot be written, or the model has a custom stem or encoder,
-            which its configuration does not describe.
+        InputError: If the model is of another class, the path does not end in `.safetensors` or cannot be written, or the model
+            has a custom stem or encoder, which its configuration does not describe.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -44,6 +44,12 @@ def save_model(model: VisionTransformer, path: str | Path) -> Path:
         ...     load_model(save_model(model, f"{folder}/model.safetensors")).config == model.config
         True
     """
+    if not isinstance(model, VisionTransformer):
+        got = repr(model) if isinstance(model, str | Path) else type(model).__name__
+        raise InputError(
+            f"save_model takes a VisionTransformer of vit_probe, got {got}; pass load_model(...) of a checkpoint, or save the "
+            "models of other libraries with those"
+        )
     if model.encoder is not None or not isinstance(model.patch_embed, PatchEmbed | HybridEmbed):
         part = model.patch_embed if model.encoder is None else model.encoder
         raise InputError(

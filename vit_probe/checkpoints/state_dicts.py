@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_probe.checkpoints.architectures import is_timm_name
 from vit_probe.checkpoints.huggingface import MODEL_TYPES
+from vit_probe.data.image_files import printable
 from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
 
-__all__ = ["find_state"]
+__all__ = ["find_state", "stated_architecture"]
 
 _MAX_NESTING = 32  # a hostile file may nest dictionaries without end
 # Modules of torch.compile, FSDP and activation checkpointing, which may wrap a whole model or any part of it.
@@ -28,11 +30,17 @@ _ANCHOR = (
     rf"|(?P<base>{_BASE_MODEL})?embeddings\.patch_embeddings\.projection\.weight)$"
 )
 # Of several models in one file, the average over training steps is taken: it is what the papers evaluate.
-_AVERAGES = {"teacher", "ema", "target", "momentum", "average", "averaged", "swa", "shadow"}
-_TRAINED = {"student", "online", "query"}
-_OPTIMIZERS = {"optimizer", "optimizers", "optim", "opt"}
-# Parts of pre-training which some programs keep in the model itself: MAE's decoder, the projection head of MoCo v3.
-_PRETRAINING = r"decoder[_.]|head\.(?!(weight|bias)$)"
+# Lightning's callback WeightAveraging writes the average as `state_dict`; ALBEF's and BLIP's ends in `_m`, MoCo's in `_k`.
+_WORD = r"(?<![a-z0-9])({})(?![a-z0-9])"
+_AVERAGES = _WORD.format("teacher|(net|model)?ema|target|momentum|average|averaged|avg|swa|shadow|key|encoder_[km]")
+_TRAINED = _WORD.format("student|online|query|encoder_q|current_model_state")
+_OPTIMIZERS = _WORD.format("optimizers?|optim|opt")
+# Parts of pre-training which some programs keep in the model itself: MAE's decoder, the projection heads of MoCo v3 and MSN.
+_PRETRAINING = r"decoder[_.]|head\.(?!(weight|bias)$)|fc\.(fc|bn)\d\."
+_COUNTERS = r"(^|\.)total_(ops|params)$"  # thop counts operations and parameters in buffers of each module
+# Where checkpoints name the architecture: directly, or among the options of the training program.
+_NAME_KEYS = ("arch", "architecture", "model", "model_name")
+_OPTIONS = ("args", "config", "hyper_parameters")
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,16 @@ class _Candidate:
 
     @property
     def preference(self) -> int:
-        """Rank by the words of the label; the lowest is preferred."""
-        words = set(re.split(r"[^a-z0-9]+|_", self.label.lower()))
-        if words & _AVERAGES:
-            return 0
-        if words & _OPTIMIZERS:
+        """Rank by the words of the label; the lowest is preferred. Of the keys that tell, the innermost decides."""
+        label = self.label.lower()
+        if re.search(_OPTIMIZERS, label):
             return 3
-        return 2 if words & _TRAINED else 1
+        for key in reversed(label.split(".")):
+            if re.search(_AVERAGES, key):
+                return 0
+            if re.search(_TRAINED, key):
+                return 2
+        return 1
 
 
 def find_state(content: Any, path: Path) -> dict[str, Tensor]:
@@ -66,7 +77,8 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
     The content is a state dict, or dictionaries nested to any depth with one or more state dicts in them. What precedes the
     name of a Vision Transformer's patch embedding (`module.backbone.` of `module.backbone.patch_embed.proj.weight`) is the
     prefix of that model's parameters; parameters without it belong to heads, predictors and other towers, and are left out.
-    Modules of torch.compile and FSDP in the names are removed, and DINOv2's numbers of blocks in chunks replaced by plain ones.
+    Modules of torch.compile and FSDP in the names are removed, thop's counters left out, and DINOv2's numbers of blocks in
+    chunks replaced by plain ones.
 
     Of several Vision Transformers, a teacher, target or moving average is preferred to the model that was trained; a warning
     says which was taken, and which other parts of pre-training (MAE's decoder) were left out.
@@ -96,11 +108,45 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
     if pretraining:
         parts = dict.fromkeys(name.partition(".")[0] for name in pretraining)
         warnings.warn(
-            f"{path.name} holds parts of pre-training beside the encoder, which are left out: {', '.join(parts)}",
+            f"{printable(path.name)} holds parts of pre-training beside the encoder, which are left out: {', '.join(parts)}",
             AssumptionWarning,
             stacklevel=2,
         )
     return _number_blocks({name: value for name, value in state.items() if name not in pretraining})
+
+
+def stated_architecture(content: Any, state: Mapping[str, Tensor]) -> str:
+    """Return the name of timm's that a checkpoint itself gives to the model found in it; empty if it gives none.
+
+    Args:
+        content: What the file holds.
+        state: What `find_state` returned for it.
+
+    Examples:
+        >>> state = {"cls_token": torch.zeros(1, 1, 8)}
+        >>> stated_architecture({"arch": "vit_base_patch16_gap_224", "state_dict": state}, state)
+        'vit_base_patch16_gap_224'
+    """
+    held = {id(value) for value in state.values()}
+    pending: deque[tuple[tuple[Mapping[Any, Any], ...], Any]] = deque([((), content)])
+    seen: set[int] = set()
+    while pending:
+        outer, group = pending.popleft()
+        if not isinstance(group, Mapping) or id(group) in seen or len(outer) > _MAX_NESTING:
+            continue
+        seen.add(id(group))
+        if not held.isdisjoint(map(id, group.values())):
+            return next(filter(is_timm_name, _names_given((*outer, group))), "")
+        pending.extend(((*outer, group), value) for value in group.values())
+    return ""
+
+
+def _names_given(groups: tuple[Mapping[Any, Any], ...]) -> Iterator[str]:
+    """Yield the names of architectures that nested dictionaries hold, innermost first."""
+    for group in reversed(groups):
+        options = [group[key] for key in _OPTIONS if isinstance(group.get(key), Mapping)]
+        values = [level.get(key) for level in (group, *options) for key in _NAME_KEYS]
+        yield from (value.rpartition("/")[2] for value in values if isinstance(value, str))
 
 
 def _tensor_groups(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -144,8 +190,10 @@ def _choose(candidates: list[_Candidate], path: Path) -> _Candidate:
         )
     if len(preferred) < len(candidates):
         warnings.warn(
-            f"{path.name} holds several Vision Transformers ({labels}); {chosen.label} is taken, because averages and teachers "
-            "are preferred to the model that was trained (to load another, save its state_dict() alone)",
+            printable(
+                f"{path.name} holds several Vision Transformers ({labels}); {chosen.label} is taken, because averages and "
+                "teachers are preferred to the model that was trained (to load another, save its state_dict() alone)"
+            ),
             AssumptionWarning,
             stacklevel=3,
         )
@@ -169,10 +217,12 @@ def _select(candidate: _Candidate, candidates: list[_Candidate]) -> dict[str, Te
         name = full_name.removeprefix(candidate.prefix)
         if full_name.startswith(inner) or not full_name.startswith(candidate.prefix) or not re.match(own, name):
             continue
+        if re.search(_COUNTERS, name):
+            continue
         if isinstance(value, Tensor):
             state[name] = value
         elif "." in name and value is not None:
-            raise InputError(f"the checkpoint holds {full_name} as a {type(value).__name__} instead of a tensor")
+            raise InputError(f"the checkpoint holds {full_name} as {type(value).__name__}, not as a tensor")
     return state
 
 

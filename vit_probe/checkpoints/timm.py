@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 from torch import Tensor
 
-from vit_probe.checkpoints.architectures import fields_from_name, is_published, trained_with_quick_gelu
+from vit_probe.checkpoints.architectures import (
+    fields_from_name,
+    is_another_family,
+    is_published,
+    trained_with_quick_gelu,
+)
 from vit_probe.checkpoints.checkpoint import Checkpoint
 from vit_probe.checkpoints.renaming import rename_parameters
 from vit_probe.checkpoints.shapes import NOT_IN_SHAPES, config_from_shapes
 from vit_probe.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocessing, as_triple
 from vit_probe.errors import AssumptionWarning, InputError, UnsupportedArchitecture
+from vit_probe.models.config import ViTConfig, as_pair
 
 __all__ = ["from_state_dict", "matches", "preprocessing_from_config"]
 
@@ -24,8 +30,9 @@ _NAMES = (
     (r"^register_tokens$", "reg_token"),  # this line and the next two: DINOv2's original files
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III's original files
 )
-_MASK_TOKEN = r"mask_token$"
+_MASK_TOKEN = r"(mask_token|masked_embed)$"  # the latter is iBOT's
 
 _POOLING = {"token": "token", "avg": "avg"}
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -51,13 +58,16 @@ def from_state_dict(
     """Convert a state dict to a `Checkpoint`, using timm's `config.json` if there is one.
 
     Without `config.json` the preprocessing is unknown. A mask token identifies DINOv2's original files, whose position table
-    is interpolated as in DINOv2: without antialiasing, unless there are registers.
+    is interpolated as in transformers' DINOv2: without antialiasing, unless there are registers. DINOv2's original code also
+    scales the grid by 0.1 patches more than is needed (`interpolate_offset`), which moves the position embeddings by up to
+    6.5 % at 224 pixels; that is not done here.
 
     Args:
         state: Parameters under timm's names.
         overrides: Fields of `ViTConfig` given by the user. `num_classes=0` leaves out the head and the hidden layer before it.
         config: Content of `config.json` in timm's hub layout: `architecture`, `global_pool`, `model_args`, `pretrained_cfg`.
-        name: Without `config`, the names of the folder and of the file (`FOLDER/FILE`), which may tell the architecture.
+        name: Without `config`, the architecture's name, or those of the folder and of the file (`FOLDER/FILE`), which may tell
+            it.
 
     Raises:
         UnsupportedArchitecture: If the model has parts that `VisionTransformer` does not have, or its shapes do not determine
@@ -92,6 +102,7 @@ def from_state_dict(
     certain = list(NOT_IN_SHAPES) if is_published(str(config["architecture"])) else []
     checkpoint = Checkpoint(config_from_shapes(renamed, known, certain=certain), renamed, None)
     _check_arguments(config)
+    _check_shapes(config, checkpoint.config)
     if clip and "activation" not in known:
         _warn_of_quick_gelu(config)
     preprocessing = preprocessing_from_config(config.get("pretrained_cfg") or config)
@@ -115,7 +126,7 @@ def _norms_follow_branches(state: Mapping[str, Tensor]) -> bool:
 def _warn_of_quick_gelu(config: Mapping[str, Any]) -> None:
     """Warn if timm computes GELU with weights that were trained with QuickGELU."""
     tag = str((config.get("pretrained_cfg") or {}).get("tag"))
-    if trained_with_quick_gelu(tag):
+    if trained_with_quick_gelu(f"{config['architecture']}.{tag}"):
         warnings.warn(
             f"timm's {config['architecture']} computes GELU, as is done here, but its weights {tag!r} were trained with "
             "QuickGELU (from Python, pass activation='quick_gelu' to load_model, unless they were fine-tuned since)",
@@ -127,6 +138,8 @@ def _warn_of_quick_gelu(config: Mapping[str, Any]) -> None:
 def _fields_from_config(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that `config.json` states and shapes do not."""
     architecture = str(config["architecture"])
+    if is_another_family(architecture):
+        raise UnsupportedArchitecture(f"{architecture} is of another family than ViT")
     known = fields_from_name(architecture)
     arguments = config.get("model_args") or {}
     if arguments.get("num_heads") is not None:
@@ -157,6 +170,29 @@ def _check_arguments(config: Mapping[str, Any]) -> None:
         raise UnsupportedArchitecture(
             f"{config['architecture']} is built with {listed}, which VisionTransformer does not support"
         )
+
+
+def _check_shapes(config: Mapping[str, Any], found: ViTConfig) -> None:
+    """Check that the model's arguments agree with the shapes of its weights."""
+    width, arguments = found.embed_dim, config.get("model_args") or {}
+    held: dict[str, Any] = {
+        "embed_dim": width, "depth": found.depth, "qkv_bias": found.qkv_bias, "qk_norm": found.qk_norm,
+        "reg_tokens": found.num_registers, "class_token": found.class_token, "pre_norm": found.pre_norm,
+        "init_values": found.layer_scale is not None,
+    }  # fmt: skip
+    if not found.stem:  # whose strides timm counts into the size of a patch
+        held |= {"patch_size": as_pair(found.patch_size, "patch_size"), "in_chans": found.in_channels}
+    if found.activation != "swiglu":  # of which timm counts both hidden layers
+        held["mlp_ratio"] = round(found.mlp_ratio * width)
+    converted: dict[str, Callable[[Any], Any]] = {
+        "init_values": bool,
+        "patch_size": lambda size: as_pair(size, "patch_size"),
+        "mlp_ratio": lambda ratio: int(ratio * width),
+    }
+    for name, value in held.items():
+        stated = arguments.get(name)
+        if stated is not None and converted.get(name, lambda same: same)(stated) != value:
+            raise UnsupportedArchitecture(f"config.json has {name}={stated!r}, which contradicts the shapes of the weights")
 
 
 def preprocessing_from_config(config: Mapping[str, Any]) -> Preprocessing | None:

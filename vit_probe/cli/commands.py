@@ -91,8 +91,8 @@ def _measure_images(one: MeasureFile, context: typer.Context, options: RunOption
         from vit_probe.cli.export import write_result
         from vit_probe.measures.base.registry import SHOWN_IMAGES, spec_of
 
-        if drawing.get("count", 0) > SHOWN_IMAGES:
-            raise InputError(f"--count must be at most {SHOWN_IMAGES}, got {drawing['count']}")
+        if not 1 <= drawing.get("count", 1) <= SHOWN_IMAGES:
+            raise InputError(f"--count must be from 1 to {SHOWN_IMAGES}, got {drawing['count']}")
         spec, _ = spec_of(_function(one))
         run = setup.open_run(context, options, shows_images=spec.shows_images)
         if wrong := [layer for layer in drawing.get("layers") or () if not 0 <= layer < len(run.layers)]:

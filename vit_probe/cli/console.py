@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 import threading
@@ -28,14 +30,16 @@ __all__ = ["EXIT_CODES", "Interrupted", "complain", "print_table", "progress", "
 
 EXIT_CODES = (
     "Exit codes: 0 if all went well; 2 if the input cannot be used, a disk is full, or another process of the run has ended; "
-    "130 after Ctrl-C, 143 after SIGTERM; 1 after any other error, which is a bug of vit_probe."
+    "130 after Ctrl-C, 143 after SIGTERM, 141 if whatever reads the output has ended; 1 after any other error, which is a bug "
+    "of vit_probe."
 )
 _USAGE = timedelta(seconds=30)  # to wait for the other processes after a usage error: they may have ended with the same one
 
 
 def complain(sentence: str) -> None:
     """Print one sentence to standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit-probe: {sentence}", markup=False)
+    with suppress(OSError):  # nothing can be said where standard error cannot be written
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"vit-probe: {sentence}", markup=False)
 
 
 def single_command(function: Callable[..., Any]) -> typer.Typer:
@@ -81,7 +85,17 @@ def _run(app: typer.Typer, processes: ProcessGroup) -> int:
     name = f"process {processes.rank} of {processes.world_size}"
     try:
         with _raise_on_signals(processes), nullcontext() if processes.is_main else redirect_stdout(StringIO()):
-            return _invoke(app, processes)
+            code = _invoke(app, processes)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        _discard_output()
+        return 141  # what a shell reports of programs that SIGPIPE ends
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _discard_output()
+        message, shared = f"cannot write to standard output: {error.strerror}; free some space, or redirect it elsewhere", False
     except SharedInputError as error:
         message, shared = str(error), True
     except InputError as error:
@@ -111,12 +125,21 @@ def _invoke(app: typer.Typer, processes: ProcessGroup) -> int:
         if not message:  # no command, and help was shown
             return 2
         wrong = InputError(message.replace("Value error, ", ""))
+    except SystemExit as end:  # which rich and click make of a pipe that nobody reads
+        raise end.__context__ if isinstance(end.__context__, BrokenPipeError) else end from None
     try:
         processes.init(_USAGE)
     except InputError:
         raise wrong from None
     with processes.barrier():
         raise wrong
+
+
+def _discard_output() -> None:
+    """Make the interpreter's last flush succeed where standard output can no longer be written."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 class Interrupted(BaseException):

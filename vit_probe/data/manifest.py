@@ -64,6 +64,8 @@ class ImageManifest:
             skipped_indices=list(state["skipped_indices"]),
             contents=list(state["contents"]),
         )
+        if not all(isinstance(index, int) for index in (manifest.position, *manifest.indices, *manifest.skipped_indices)):
+            raise InputError("the state does not number its images")
         if not len(manifest.names) == len(manifest.indices) == len(manifest.digests) == len(manifest.contents):
             raise InputError("the state does not hold a name, an index and two hashes of each image")
         return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -58,14 +59,19 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         resize = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
-        lengths = [*self.size, *resize]
-        if not len(self.size) == len(resize) == 2 or not all(isinstance(length, int) for length in lengths):
-            raise InputError(f"size must be (height, width), resize an int or a pair; got {self.size} and {self.resize}")
-        if self.interpolation not in get_args(Interpolation) or not len(self.mean) == len(self.std) == 3:
+        if not _are_numbers(self.size, int, 2) or not _are_numbers(resize, int, 2):
             raise InputError(
-                f"mean and std must have three values each, and interpolation be one of {', '.join(get_args(Interpolation))}; "
-                f"got {self.mean}, {self.std} and {self.interpolation!r}"
+                f"size must be a pair (height, width), such as (224, 224), and resize an int or a pair; got {self.size!r} and "
+                f"{self.resize!r}"
             )
+        lengths = [*self.size, *resize]
+        if not _are_numbers(self.mean, Real, 3) or not _are_numbers(self.std, Real, 3):
+            raise InputError(
+                f"mean and std must have three values each, one per colour channel, such as (0.5, 0.5, 0.5); got {self.mean!r} "
+                f"and {self.std!r}"
+            )
+        if self.interpolation not in get_args(Interpolation):
+            raise InputError(f"interpolation must be one of {', '.join(get_args(Interpolation))}; got {self.interpolation!r}")
         if min(lengths) < 1:
             raise InputError(f"size and resize must be at least 1 pixel, got size={self.size} and resize={self.resize}")
         if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std))):
@@ -81,10 +87,12 @@ class Preprocessing:
             size: Height and width of the result in pixels.
             **options: `mean`, `std` and `interpolation`, as for the class.
         """
+        _check_size(size)
         return cls(size, round(max(size) * 256 / 224), **options)
 
     def scaled(self, size: tuple[int, int]) -> Preprocessing:
         """The same preprocessing for another size; the crop keeps the same proportion of the photograph."""
+        _check_size(size)
         ratio = max(size) / max(self.size)
         if isinstance(self.resize, int):
             return replace(self, size=size, resize=round(self.resize * ratio))
@@ -175,6 +183,18 @@ def sample_photographs(count: int = 128) -> list[Image.Image]:
         image.info["name"] = name
         photographs.append(image)
     return photographs
+
+
+def _check_size(size: object) -> None:
+    if not _are_numbers(size, int, 2):
+        raise InputError(f"size must be a pair (height, width), such as (224, 224); got {size!r}")
+
+
+def _are_numbers(values: object, kind: type, count: int) -> bool:
+    """Whether these are `count` numbers, of a type; truth values are none."""
+    if not isinstance(values, tuple | list) or len(values) != count:
+        return False
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 def as_triple(values: Iterable[Any]) -> tuple[float, float, float]:

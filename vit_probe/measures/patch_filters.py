@@ -17,11 +17,11 @@ from scipy.fft import dctn
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from vit_probe.attention.arguments import check_model
 from vit_probe.checkpoints.files import TENSOR_SUFFIXES, read_tensors
 from vit_probe.errors import AssumptionWarning, InputError
 from vit_probe.measures.base.registry import model_measure
 from vit_probe.results import KeyNumber, Result, check_finite, software_versions
-from vit_probe.runner.arguments import check_model
 from vit_probe.runner.run import model_provenance
 from vit_probe.tokens.patch_embedding import find_patch_embedding
 

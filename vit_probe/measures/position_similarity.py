@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vit_probe.attention.arguments import check_model
 from vit_probe.attention.wrappers import unwrap
 from vit_probe.errors import InputError
 from vit_probe.measures.base.registry import model_measure
 from vit_probe.models.config import as_pair
 from vit_probe.results import KeyNumber, Result, check_finite, software_versions
-from vit_probe.runner.arguments import check_model
 from vit_probe.runner.run import model_provenance
 from vit_probe.tokens.added_positions import added_positions
 from vit_probe.tokens.grid import TokenGrid

@@ -48,6 +48,11 @@ class RepresentationSimilarityResult(Result):
     num_batches: int
     num_left_out: int
 
+    def __post_init__(self) -> None:
+        """Raise InputError if a similarity is NaN or infinite."""
+        super().__post_init__()
+        check_finite(self.similarity, "similarities")
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair of layers: layer, module, other_layer, other_module, similarity, num_images."""
         layer, other = (index.ravel() for index in np.indices(self.similarity.shape))

@@ -63,6 +63,11 @@ class TokenNormsResult(Result):
     modules: Annotated[list[str], "layer"]
     num_images: int
 
+    def __post_init__(self) -> None:
+        """Raise InputError if an edge of the bins is NaN or infinite."""
+        super().__post_init__()
+        check_finite(self.edges, "edges of the bins")
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer: layer, module, tokens (their number), lowest, median, highest (norms, to 0.5 %), threshold,
         artifacts, artifact_images, typical_norm, artifact_norm, artifact_neighbours, valley_depth, num_images.

@@ -82,7 +82,9 @@ class ViTConfig:
             `rotate_by_position`). Or `none`.
         position_prefix: Number of prefix tokens, counted from the first, that the position table covers; None for all.
         position_resampling: How the `learned_1d` table is interpolated for another grid: timm's antialiased bicubic, the
-            plain bicubic of transformers and DINOv2, or torchvision's with aligned corners.
+            plain bicubic of transformers (and its DINOv2), or torchvision's with aligned corners. DINOv2's original code
+            interpolates with an offset (`interpolate_offset=0.1`), which no choice reproduces: it moves the position embeddings
+            by up to 6.5 % at 224 pixels.
         qkv_bias: Whether the query, key and value projections have a bias.
         qk_norm: Whether the queries and keys of each head are normalised by a LayerNorm.
         layer_scale: Initial value of LayerScale (arXiv:2103.17239); None for no LayerScale.

@@ -57,7 +57,7 @@ def resize_position_embedding(
         old_grid: Rows and columns of the table.
         new_grid: Rows and columns of the result.
         num_prefix_tokens: Number of entries that belong to prefix tokens.
-        resampling: `bicubic-antialias` (timm), `bicubic` (transformers, DINOv2) or `bicubic-align-corners` (torchvision).
+        resampling: `bicubic-antialias` (timm), `bicubic` (transformers) or `bicubic-align-corners` (torchvision).
             The ViT paper says only "2D interpolation"; its code interpolates linearly.
 
     Raises:

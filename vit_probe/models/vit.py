@@ -79,6 +79,12 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None, encoder: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(config, ViTConfig):
+            got = repr(config) if isinstance(config, str) else type(config).__name__
+            raise InputError(
+                f"the configuration must be a ViTConfig, got {got}; pass ViTConfig.variant('B/16'), for example, or "
+                "ViTConfig(...)"
+            )
         if stem is not None and config.stem is not None:
             raise InputError(f"stem={type(stem).__name__} contradicts {config.stem} of the configuration; pass one of them")
         if encoder is not None:

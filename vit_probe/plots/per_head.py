@@ -150,8 +150,8 @@ def plot_sorted_heads(
             axes.plot(values, color=colours[index], marker=marker, markersize=3.5, label=f"layer {layer}")
         for index, value in enumerate(dict.fromkeys(uniform[chosen] if len(uniform) else [])):
             axes.axhline(value, label="_" if index else "uniform", **UNIFORM_LINE)
-        lowest = float(np.nanmin(frame[column].to_numpy(dtype=float)))
-        bottom, top = 1.05 * min(0.0, lowest), 1.05 * max(0.0, highest)
+        lowest = float(np.nanmin([0.0, *frame[column]]))
+        bottom, top = 1.05 * lowest, 1.05 * max(0.0, highest)
         axes.set_ylim(bottom, top if top > bottom else 1.0)
         whole_numbers(axes, -0.4, most - 0.6)
         axes.set_xlabel("Sorted attention heads")
@@ -188,7 +188,7 @@ def _uniform_by_layer(frame: pd.DataFrame, column: str) -> pd.Series[float]:
     if f"uniform_{column}" not in frame:
         return pd.Series(dtype=float)
     uniform = frame.groupby("layer")[f"uniform_{column}"].agg(["min", "max"]).astype(float)
-    if not np.allclose(uniform["min"], uniform["max"]):
+    if not np.allclose(uniform["min"], uniform["max"], equal_nan=True):
         layer = int(np.argmax(uniform["max"] - uniform["min"]))
         lowest, highest = uniform.iloc[layer]
         raise InputError(
@@ -208,7 +208,7 @@ def _patch_mass(frame: pd.DataFrame) -> NDArray[np.float64] | None:
 def _draw_uniform(axes: Axes, uniform: pd.Series[float]) -> None:
     if uniform.nunique() == 1:
         axes.axhline(uniform.iloc[0], label="uniform attention", **UNIFORM_LINE)
-    elif len(uniform):  # attention within windows: what uniform attention has differs by layer
+    elif uniform.notna().any():  # attention within windows: what uniform attention has differs by layer
         edges = np.append(uniform.index - 0.5, uniform.index[-1] + 0.5)
         axes.stairs(uniform, edges, baseline=None, label="uniform attention", **UNIFORM_LINE)
 

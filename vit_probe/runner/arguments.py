@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from numbers import Integral
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from vit_probe.attention.arguments import check_model
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
 from vit_probe.tokens.grid import TokenGrid
 
-__all__ = ["check_model", "check_run_options", "select_device"]
+__all__ = ["check_model_and_images", "check_run_options", "select_device"]
 
 
-def check_model(model: object, images: object = None) -> None:
-    """Raise InputError unless `model` is a model with weights, and `images` is none.
-
-    Examples:
-        >>> check_model("demo")
-        Traceback (most recent call last):
-        vit_probe.errors.InputError: the model must be a torch.nn.Module, got 'demo'; pass load_model('demo')
-    """
-    if isinstance(model, str | Path):
-        raise InputError(f"the model must be a torch.nn.Module, got {str(model)!r}; pass load_model({str(model)!r})")
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        swapped = isinstance(images, nn.Module)
-        advice = "swap the two arguments: the model comes first" if swapped else "load_model(...) returns one"
-        raise InputError(f"the model must be a torch.nn.Module, got {got}; {advice}")
+def check_model_and_images(model: object, images: object) -> None:
+    """Raise InputError unless `model` is a model with weights, and `images` is none."""
+    check_model(model, images)
     if isinstance(images, nn.Module):
         raise InputError(f"the images are a model, {type(images).__name__}; pass photographs, paths or a tensor")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(
-            f"{type(model).__name__} has parameters on the meta device, which are shapes without numbers; load its weights"
-        )
 
 
 def check_run_options(grid: object, preprocessing: object, batch_size: object) -> None:
@@ -44,7 +28,7 @@ def check_run_options(grid: object, preprocessing: object, batch_size: object) -
         raise InputError(f"grid must be a TokenGrid, such as TokenGrid(14, 14, (16, 16), 1, True), or None; got {grid!r}")
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
         raise InputError(
-            f"preprocessing must be a Preprocessing, such as Preprocessing(size=(224, 224)), or None; got {preprocessing!r}"
+            f"preprocessing must be a Preprocessing, such as Preprocessing.imagenet((224, 224)), or None; got {preprocessing!r}"
         )
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")

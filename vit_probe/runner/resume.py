@@ -113,6 +113,8 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
     with reading(path):
         if not path.exists():
             return None
+        if not path.is_file():  # opening a named pipe would wait for whoever writes into it
+            raise InputError(f"{path} is not the state of a run; delete it, or omit --resume (it is not a regular file)")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -131,7 +133,10 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> RunState | None:
         for name, array in arrays.items():
             index, _, field = name.partition("/")
             measures[int(index)][field] = array
-        return RunState(found["images"], measures, found["max_batch_size"])
+        size = found["max_batch_size"]
+        if size is not None and (type(size) is not int or size < 1):
+            raise TypeError(f"max_batch_size is {size!r}")
+        return RunState(found["images"], measures, size)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.data.stream import Images, ImageStream
 from vit_probe.errors import InputError
 from vit_probe.results import software_versions, weights_sha256
-from vit_probe.runner.arguments import check_model, check_run_options, select_device
+from vit_probe.runner.arguments import check_model_and_images, check_run_options, select_device
 from vit_probe.runner.auto_batch import AdaptiveBatcher
 from vit_probe.runner.distributed import ProcessGroup
 from vit_probe.runner.protocol import Measure, PerImage
@@ -81,7 +81,7 @@ class AttentionRun:
         on_error: Literal["stop", "skip"] = "stop",
         processes: ProcessGroup | None = None,
     ) -> None:
-        check_model(model, images)
+        check_model_and_images(model, images)
         check_run_options(grid, preprocessing, batch_size)
         self.model = model = unwrap(model)
         self.processes = processes or ProcessGroup()
@@ -186,6 +186,8 @@ class AttentionRun:
         self._batcher.max_batch_size = state.max_batch_size
         for measure, values in zip(measures, state.measures, strict=True):
             measure.restore(values)
+            if unread := measure.state().keys() ^ values.keys():
+                raise KeyError(*sorted(unread))  # caught by `reading`
 
     def result(self, measure: Measure) -> Any:
         """The result of a measure that has observed this run, with its provenance."""

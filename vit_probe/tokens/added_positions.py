@@ -20,6 +20,7 @@ from vit_probe.tokens.patch_embedding import input_channels, read_patch_size
 
 __all__ = ["added_positions"]
 
+_SMALLEST = 3e-4  # relative to the tokens: smaller changes are not taken for positions
 _CHUNK = 1024  # tokens that are compared with all others at once
 
 
@@ -122,7 +123,9 @@ class _TokenFollower(AttentionInterceptor):
         self.rounding = max(self.rounding, 4 * precision * float(tokens[0].abs().max()))
         self._tokens = tokens
         total = step if self.added is None else self.added + step
-        if self.added is not None or (step - step.mean(dim=0)).abs().max() > self.rounding:
+        # A norm of tokens that are normalised already changes them a little, too, by its epsilon.
+        smallest = max(self.rounding, _SMALLEST * float(tokens[0].abs().max()))
+        if self.added is not None or (step - step.mean(dim=0)).abs().max() > smallest:
             self.added = total
 
     def _restart(self, module: nn.Module | None, tensor: Tensor) -> None:

@@ -51,7 +51,7 @@ def find_class_token(
     named = _named_token(model, probe, layer)
     if named in others and (not used or named in used):
         return True, named
-    if named is None and influence is not None and not used and not influence[others].any():
+    if named is None and influence is not None and influence[patch_tokens].any() and not influence[others].any():
         return False, None  # the output is pooled from the patches alone
     return None, None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ class TokenGrid:
     num_suffix_tokens: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        counts = (self.rows, self.cols, self.num_prefix_tokens, self.num_suffix_tokens, self.class_token or 0)
+        pair = self.patch_size if isinstance(self.patch_size, tuple | list) else ()
+        if len(pair) != 2 or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in (*pair, *counts)):
+            raise InputError(
+                "a token grid has whole numbers of rows, columns and tokens, and patches of a height and a width, as in "
+                f"TokenGrid(14, 14, (16, 16), 1, True); got {self}"
+            )
         if self.rows < 1 or self.cols < 1 or min(self.patch_size) < 1:
             raise InputError(f"a token grid needs positive rows, columns and patch sizes, got {self}")
         if self.num_prefix_tokens < 0 or self.num_suffix_tokens < 0:

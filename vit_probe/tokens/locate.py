@@ -6,11 +6,13 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from vit_probe.attention.arguments import check_model
 from vit_probe.attention.hooks import check_attention_captured
 from vit_probe.attention.intercept import evaluation_mode
 from vit_probe.attention.wrappers import full_precision, unwrap
@@ -24,9 +26,9 @@ from vit_probe.tokens.footprint import (
     mixing_gains,
     show_own_cells,
 )
-from vit_probe.tokens.grid import TokenGrid, Windows
+from vit_probe.tokens.grid import TokenGrid, Windows, first_parameter
 from vit_probe.tokens.identity_attention import IdentityAttentionProbe, TokenPositions
-from vit_probe.tokens.patch_embedding import read_patch_size
+from vit_probe.tokens.patch_embedding import first_convolution, read_patch_size
 from vit_probe.tokens.unusable_models import explain_failure
 
 __all__ = ["TokenLayout", "locate_tokens"]
@@ -84,9 +86,11 @@ def locate_tokens(
     token's place is read from three images in which every patch has changed a little, each in a proportion of its own, and
     compared with that of the first image (except in our own models, whose order is known). The model is left as it was.
 
-    Where patches overlap or several convolutions mix them, codes cannot be read exactly. Then about fifteen images tell how
-    much of each query and key comes from each patch (see `vit_probe.tokens.footprint`), and each token must lie on its own
-    patch. A stem that mixes so many patches evenly that neighbours cannot be told apart is refused.
+    Where patches overlap, are cut from a padded image, or are mixed by several convolutions, codes cannot be read exactly. Then
+    about fifteen images tell how much of each query and key comes from each patch (see `vit_probe.tokens.footprint`), and each
+    token must lie on its own patch. A stem that mixes so many patches evenly that neighbours cannot be told apart is refused.
+    On grids of fewer than about eight patches a side, a patch size that is wrong by a pixel cannot be told from the right one
+    there.
 
     Args:
         model: Any Vision Transformer whose attention goes through `scaled_dot_product_attention`.
@@ -128,22 +132,43 @@ def locate_tokens(
         >>> locate_tokens(Encoder(), height=32, width=32).grid == TokenGrid(4, 8, (8, 4), 0, False)
         True
     """
+    check_model(model)
+    _check_arguments(height, width, grid, channels)
     own_grid = getattr(unwrap(model), "token_grid", None)
     is_own = callable(own_grid)
     if grid is None and callable(own_grid):
         grid = own_grid(height, width)  # raises for sizes that do not divide into patches
-    with evaluation_mode(model), full_precision(model):
-        probe = IdentityAttentionProbe(model, height, width, channels)
+    # Under autocast, small changes of an image would be lost.
+    without_autocast = torch.autocast(first_parameter(model).device.type, enabled=False)
+    with evaluation_mode(model), full_precision(model), without_autocast:
+        try:
+            probe = IdentityAttentionProbe(model, height, width, channels)
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"an image of {height} x {width} pixels does not fit into memory ({reason}); pass the size in pixels of the "
+                "images that the model sees"
+            ) from error
         _probe_noise(probe, model, (height, width), channels)
         try:
             return _place_tokens(probe, model, (height, width), grid, is_own=is_own)
         except InputError:
             if not probe.repeats():
                 raise InputError(
-                    f"{type(model).__name__} gives the same image other tokens each time: it drops or shuffles patches at "
-                    "random, so they have no fixed positions; pass its encoder without masking (mask_ratio=0)"
+                    f"{type(model).__name__} gives the same image other tokens each time: it drops, shuffles or changes them "
+                    "at random, so patches have no fixed positions; pass a model that does not (an encoder without random "
+                    "masking)"
                 ) from None
             raise
+
+
+def _check_arguments(height: object, width: object, grid: object, channels: object) -> None:
+    """Raise InputError unless the sizes are positive whole numbers, and the grid is one."""
+    for name, value in {"height": height, "width": width, "channels": 3 if channels is None else channels}.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} must be a positive whole number, got {value!r:.80}")
+    if grid is not None and not isinstance(grid, TokenGrid):
+        raise InputError(f"grid must be a TokenGrid, such as TokenGrid(14, 14, (16, 16), 1, True), or None; got {grid!r:.80}")
 
 
 def _place_tokens(
@@ -171,6 +196,8 @@ def _place_tokens(
     # layers were mixed between the layers.
     if 0 in probe.mixing or not positions[0].mixed[probe.responding[0]].any():
         probe.mixing.update(n for n, found in positions.items() if found.mixed[probe.responding[n]].any())
+    if _is_shifted(model, patch_size) and positions.get(0) is not None and positions[0].mixed.any():
+        probe.mixing.update(merges)
     if is_own:
         # The stem may mix so many patches that their order cannot be told; but it is known.
         known = probe.mixing - set(windowed)
@@ -193,6 +220,12 @@ def _place_tokens(
         grid = _with_class_token(grid, model, probe)
     some = {layer: found for layer, found in sorted(windows.items()) if found is not None}
     return TokenLayout(grid, probe.layers, probe.skipped, some, frozenset(probe.seq_first), probe.unfused)
+
+
+def _is_shifted(model: nn.Module, patch_size: tuple[int, int]) -> bool:
+    """Return whether patches of this size are cut from a padded image, so that they lie beside the cells of the grid."""
+    _, convolution = first_convolution(unwrap(model))
+    return convolution is not None and convolution.stride == patch_size and convolution.padding not in ((0, 0), "valid")
 
 
 def _check_later_layers(probe: IdentityAttentionProbe, grid: TokenGrid, layers: range, *, follow: bool) -> None:

@@ -94,7 +94,7 @@ def read_patch_size(model: nn.Module) -> tuple[int, int]:
     if embedding is not None and hasattr(embedding, "feat_ratio"):  # pixels per token, including a hybrid's stem
         named = embedding.feat_ratio(as_scalar=False)
     if named is None:
-        named = _first_named(configs, "patch_size")  # transformers
+        named = _first_named([*configs, model], "patch_size")  # transformers, torchvision
     if isinstance(named, int):
         return named, named
     if named is not None and len(named) == 2:

@@ -26,6 +26,8 @@ def explain_failure(model: nn.Module, size: tuple[int, int], channels: int | Non
     """
     name = type(model).__name__
     reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    if isinstance(model, torch.jit.ScriptModule):
+        return InputError(f"{name} is TorchScript, whose attention cannot be seen ({reason}); pass the original model")
     if takes_videos(model):
         return InputError(f"{name} takes videos, several frames at a time ({reason}); pass a model of single images")
     _, convolution = first_convolution(model)

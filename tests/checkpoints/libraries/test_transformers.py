@@ -273,6 +273,22 @@ def test_a_class_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mon
         load_model(tmp_path)
 
 
+def test_an_invalid_configuration(tmp_path: Path) -> None:
+    _save("CLIP", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for invalid in ({"vision_config": {"layer_norm_eps": -1}}, {"dtype": "nope"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | invalid))
+        with pytest.raises(InputError, match=r"config\.json is no valid configuration of a model of type 'clip' \(.*\w"):
+            load_model(tmp_path)
+
+
+def test_an_absurd_size_of_photographs(tmp_path: Path) -> None:
+    _, processor = _save("CLIP", tmp_path)
+    type(processor)(**CROPPED | {"size": {"shortest_edge": 10**6}}).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the image processor has shortest_edge 1000000; at most 16384 pixels"):
+        load_model(tmp_path)
+
+
 def test_a_model_type_that_transformers_does_not_have(tmp_path: Path) -> None:
     _save("SigLIP", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -75,6 +75,23 @@ def test_a_head_that_never_attends_to_patches_has_no_distance_but_a_row(tmp_path
     assert result.plot() is not None
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("empty_layers", [1, 2])
+def test_layers_whose_heads_never_attend_to_patches_have_no_distance(empty_layers: int, tmp_path) -> None:
+    attention = random_attention(GRID)
+    attention[:empty_layers, :, :, 1:] = np.eye(7)[0]
+    result = load_result(feed(mean_attention_distance.observer(GRID), attention).compute().save(tmp_path / "one.safetensors"))
+    assert result.summary()["highest head"].isna().tolist() == [True, empty_layers == 2]
+    key_numbers = {name: value for name, _, value in result.key_numbers()}
+    if empty_layers == 2:
+        assert key_numbers == {}
+    else:
+        assert key_numbers["highest head"] == np.nanmax(result.distance)
+        assert np.isfinite(list(key_numbers.values())).all()
+    for kind in ("depth", "sorted"):
+        result.plot(kind=kind).figure.canvas.draw()
+
+
 def test_the_threshold_is_where_rounding_distorts() -> None:
     """Weights of 1e-37 are exact, and so is what follows; of 1e-44 a few bits are left."""
     attention = np.zeros((1, 1, 1, 7, 7))

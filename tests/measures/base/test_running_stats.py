@@ -127,3 +127,13 @@ def test_values_that_some_images_lack() -> None:
         np.testing.assert_allclose(averages.std["a"], [[np.std([1, 3, 8], ddof=1), np.nan]])
         np.testing.assert_allclose(averages.confidence["a"], [[stats.t.interval(0.95, 2, 0, stats.sem([1, 3, 8]))[1], np.nan]])
         np.testing.assert_array_equal(averages.per_image["a"][:, 0], values.filled(np.nan))
+
+
+@pytest.mark.parametrize(
+    "later", [{"b": np.zeros((1, 2))}, {"a": np.zeros((1, 3))}, {}, {"a": np.zeros((1, 2)), "b": np.zeros(1)}]
+)
+def test_values_that_change_between_images(later: dict[str, np.ndarray]) -> None:
+    layers = LayerStats("values")
+    layers.add(0, "block", {"a": np.zeros((1, 2))})
+    with pytest.raises(InputError, match=r"values in layer 0 have the shapes {.*, but those of earlier images had {'a': "):
+        layers.add(0, "block", later)

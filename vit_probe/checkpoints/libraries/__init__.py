@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vit_probe.checkpoints.checkpoint import check_finite
+from vit_probe.checkpoints.checkpoint import check_finite, check_preprocessing
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
 
@@ -19,8 +19,9 @@ def finish_model(model: nn.Module, preprocessing: Preprocessing | None) -> nn.Mo
     """Check a library's model, attach its `preprocessing` and put it in evaluation mode.
 
     Raises:
-        InputError: If a parameter holds NaN or infinity.
+        InputError: If a parameter holds NaN or infinity, or images would be prepared at an absurd size.
     """
+    check_preprocessing(preprocessing)
     check_finite(model.named_parameters())
     model.preprocessing = preprocessing  # type: ignore[assignment]
     return model.eval()

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from vit_probe.checkpoints.files import expand_home
 from vit_probe.checkpoints.hub import OPEN_CLIP_FILES, fetch
 from vit_probe.checkpoints.import_library import import_library, one_line, suggest_similar
 from vit_probe.checkpoints.libraries import finish_model, resize_without_padding
@@ -49,7 +50,7 @@ def _find_folder(name: str) -> Path:
     if name.startswith(_HUB):
         folder = fetch(f"hf:{name.removeprefix(_HUB)}", OPEN_CLIP_FILES)
     else:
-        folder = Path(name.removeprefix(_FOLDER)).expanduser()
+        folder = expand_home(name.removeprefix(_FOLDER))
     if not (folder / "open_clip_config.json").is_file():
         raise InputError(f"open_clip:{name} holds no open_clip_config.json; pass a model in open_clip's format")
     return folder
@@ -63,7 +64,7 @@ def _arguments(open_clip: Any, name: str) -> dict[str, Any]:
         raise InputError(f"open_clip has no architecture {architecture!r}{suggest_similar(architecture, names)}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     published = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
-    path = Path(tag).expanduser()
+    path = expand_home(tag)
     if not published and not (tag and path.is_file()):
         problem = f"open_clip has no weights {tag!r} for {architecture}" if tag else f"open_clip:{name} names no weights"
         listed = f"write open_clip:{architecture}/TAG with one of {', '.join(tags)}" if tags else "it lists none"

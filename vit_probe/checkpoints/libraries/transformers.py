@@ -20,6 +20,7 @@ from vit_probe.checkpoints.image_processors import preprocessing_from_settings
 from vit_probe.checkpoints.import_library import import_error, import_library, one_line, suggest_similar
 from vit_probe.checkpoints.libraries import finish_model, resize_without_padding
 from vit_probe.checkpoints.libraries.image_encoders import describe_inputs, find_classes, find_image_part
+from vit_probe.checkpoints.sizes import check_sides
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import AssumptionWarning, InputError
 
@@ -41,7 +42,7 @@ def load_folder(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         InputError: If transformers is not installed, does not have the model's type or would have to run the folder's code;
-            if no part of the model takes images alone; or if the weights do not fit it.
+            if the configuration is not valid; if no part of the model takes images alone; or if the weights do not fit it.
     """
     model_type = str(config["model_type"])
     transformers = import_library("transformers", f"a model of type {model_type!r}")
@@ -49,6 +50,10 @@ def load_folder(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         try:
             auto_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:
+            if model_type in transformers.CONFIG_MAPPING:
+                raise InputError(
+                    f"config.json is no valid configuration of a model of type {model_type!r} ({one_line(error)})"
+                ) from None
             similar = suggest_similar(model_type, transformers.CONFIG_MAPPING.keys())
             raise InputError(
                 f"transformers {transformers.__version__} has no model of type {model_type!r} ({one_line(error)}){similar}"
@@ -143,6 +148,8 @@ def _preprocessing(transformers: Any, folder: Path, config: Any) -> Preprocessin
             return None
         return assume_imagenet_preprocessing((int(size[0]), int(size[1])))
     contents = [read_json(file) for file in files]
+    for content in contents:
+        check_sides(content.get("image_processor", content))
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         theirs = _processed(processor, _test_image(60, 90))

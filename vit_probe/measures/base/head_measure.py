@@ -11,6 +11,7 @@ import torch
 from vit_probe.attention.tiles import AttentionTile
 from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import SHARED_OPTIONS
+from vit_probe.measures.base.option_types import keywords_only
 from vit_probe.measures.base.per_head import HeadResult, PerHead
 from vit_probe.measures.base.reduce import PatchAttention, QueryMeans, ReceivedMeans, read_only
 from vit_probe.measures.base.registry import MeasureFunction, keyword_defaults, name_of, register
@@ -24,6 +25,7 @@ Values = Mapping[str, Any]
 _UNIFORM_ELEMENTS = 1 << 22  # of uniform attention, made at a time
 
 
+@keywords_only
 def head_measure(
     *,
     unit: str,
@@ -89,8 +91,8 @@ def head_measure(
         def start(run: AttentionRun, **options: Any) -> HeadMeasure:
             return observer(run.grid, windows=run.windows, **options)
 
-        public = register(function, result, start, name=own, shared=SHARED_OPTIONS["head_measure"])
-        public.observer, public.reference = observer, reference
+        public = register(function, result, start, name=own, shared=SHARED_OPTIONS["head_measure"], observer=observer)
+        public.reference = reference
         return public
 
     return decorate

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import PREFIXES, SHARED_OPTIONS
+from vit_probe.measures.base.option_types import keywords_only
 from vit_probe.measures.base.per_head import HeadResult, PerHead
 from vit_probe.measures.base.reduce import OffsetMeans, QueryMeans
 from vit_probe.measures.base.registry import MeasureFunction, keyword_defaults, name_of, register
@@ -19,6 +20,7 @@ from vit_probe.tokens.grid import OffsetFunction, OffsetTable, TokenGrid, Window
 __all__ = ["OffsetMeasure", "offset_measure"]
 
 
+@keywords_only
 def offset_measure(
     *,
     unit: str,
@@ -92,8 +94,8 @@ def offset_measure(
         def start(run: AttentionRun, **options: Any) -> OffsetMeasure:
             return observer(run.grid, windows=run.windows, **options)
 
-        public = register(function, result, start, name=own, shared=SHARED_OPTIONS["offset_measure"])
-        public.observer, public.reference = observer, reference
+        public = register(function, result, start, name=own, shared=SHARED_OPTIONS["offset_measure"], observer=observer)
+        public.reference = reference
         return public
 
     return decorate

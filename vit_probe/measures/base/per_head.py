@@ -40,6 +40,14 @@ class HeadResult(AveragedResult):
     uniform: dict[str, Float[np.ndarray, "layer"]]
     num_windows: Int[np.ndarray, "layer"]
 
+    def __post_init__(self) -> None:
+        """Raise InputError if the parts of the result do not fit together, or no head has any value."""
+        super().__post_init__()
+        if self.main not in self.uniform:
+            raise InputError(f"uniform attention has values of {', '.join(self.uniform) or 'nothing'}, but not of {self.main}")
+        if all(np.isnan(values).all() for values in self.values.values() if values.ndim == 2):
+            raise InputError(f"no head has a value: {', '.join(self.values)} are NaN throughout")
+
     def __getattr__(self, name: str) -> np.ndarray:
         """The named value; `uniform_NAME` is what uniform attention has."""
         uniform: dict[str, np.ndarray] = self.__dict__.get("uniform", {})
@@ -102,6 +110,9 @@ class HeadResult(AveragedResult):
     def key_numbers(self) -> list[KeyNumber]:
         """Range of the first value over heads, within layers, and of uniform attention; the means of the others."""
         values = self.values[self.main]
+        values = values[~np.isnan(values).all(axis=1)]  # in a layer where every query is excluded no head has the first value
+        if not len(values):
+            return []
         lowest, highest = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
         return [
             ("lowest head", self.unit, float(lowest.min())),
@@ -113,7 +124,7 @@ class HeadResult(AveragedResult):
             *(
                 (name.replace("_", " "), "share", float(np.nanmean(values)))
                 for name, values in self.values.items()
-                if values.ndim == 2 and name not in (self.main, "patch_mass", "excluded")
+                if values.ndim == 2 and name not in (self.main, "patch_mass", "excluded") and not np.isnan(values).all()
             ),
         ]
 

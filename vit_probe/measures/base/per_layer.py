@@ -16,6 +16,7 @@ from vit_probe.errors import InputError
 from vit_probe.measures.base.averaged import AveragedResult, AveragingMeasure
 from vit_probe.measures.base.discovery import SHARED_OPTIONS
 from vit_probe.measures.base.hidden_states import HiddenStateMeasure
+from vit_probe.measures.base.option_types import keywords_only
 from vit_probe.measures.base.reduce import check_values, read_only
 from vit_probe.measures.base.registry import MeasureFunction, name_of, register
 from vit_probe.results import KeyNumber
@@ -43,6 +44,13 @@ class LayerResult(AveragedResult):
 
     axis: str | None
     axis_label: str | None
+
+    def __post_init__(self) -> None:
+        """Raise InputError if the parts of the result do not fit together, or a layer has no value."""
+        super().__post_init__()
+        values = self.values[self.main]
+        if (empty := np.isnan(values.reshape(len(values), -1)).all(axis=1)).any():
+            raise InputError(f"layer {int(empty.argmax())} has no value: {self.main} is NaN throughout")
 
     def to_dataframe(self, *, per_image: bool = False) -> pd.DataFrame:
         """One row per layer, or per layer and entry of the axis: layer, module, the axis if there is one, the first value with
@@ -88,6 +96,7 @@ class LayerResult(AveragedResult):
         return plot_layers(self.to_dataframe(), column=self.main, label=label, ax=ax, **axis)
 
 
+@keywords_only
 def layer_measure(
     *,
     unit: str,

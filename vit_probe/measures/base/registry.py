@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args, get_origin
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
@@ -21,8 +21,9 @@ from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.data.stream import Images
 from vit_probe.errors import InputError
 from vit_probe.measures.base.discovery import Option, measure_files
+from vit_probe.measures.base.option_types import check_options, checking_options, keywords_only, option_types
 from vit_probe.results import Result
-from vit_probe.runner.arguments import check_model
+from vit_probe.runner.arguments import check_model_and_images
 from vit_probe.runner.protocol import Measure
 from vit_probe.runner.run import AttentionRun
 from vit_probe.tokens.grid import TokenGrid
@@ -45,6 +46,7 @@ __all__ = [
 SHOWN_IMAGES = 64
 """Photographs that a result keeps beside its maps."""
 
+P = ParamSpec("P")
 R = TypeVar("R", bound=Result, covariant=True)
 
 
@@ -112,6 +114,7 @@ def register(
     name: str | None = None,
     shared: Sequence[Option] = (),
     shows_images: bool = False,
+    observer: Callable[..., Measure] | None = None,
 ) -> MeasureFunction[Any]:
     """Make the public function of a measure, and enter it in the registry.
 
@@ -122,6 +125,7 @@ def register(
         name: Of the measure; the function's name if None.
         shared: Options of the decorator, behind the author's own.
         shows_images: Whether the result keeps photographs for its picture.
+        observer: Makes the streaming measure without a run, for `attention_hooks`, given the options.
     """
     signature = _checked_signature(author, shared)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
@@ -131,7 +135,7 @@ def register(
     own += [inspect.Parameter(one.name, keyword, default=one.default, annotation=one.type) for one in shared]
     common = [inspect.Parameter(option, keyword, default=default) for option, default in _RUN.items()]
     public = inspect.Signature([*given, *own, *common], return_annotation=result)
-    choices = _literals(author)
+    types = option_types(author) | {one.name: one.type for one in shared}
 
     def function(*args: Any, **kwargs: Any) -> Any:
         bound = public.bind(*args, **kwargs)
@@ -141,20 +145,19 @@ def register(
         model, images = bound.arguments["model"], bound.arguments["images"]
         return measure(model, images, [partial(function, **options)], **run_options)[0]
 
-    def checked(run: AttentionRun, **options: Any) -> Measure:
-        for option, allowed in choices.items():
-            if options.get(option, allowed[0]) not in allowed:
-                raise InputError(f"{option} must be one of {', '.join(map(str, allowed))}; got {options[option]!r}")
-        return start(run, **options)
-
     function.__name__ = function.__qualname__ = author.__name__
     function.__module__ = author.__module__
     function.__doc__ = _documented(author.__doc__ or "", shared)
     function.__signature__ = public  # type: ignore[attr-defined]
     options = {parameter.name: parameter.default for parameter in own}
-    return _enter(MeasureSpec(name or author.__name__, function, result, checked, options, shows_images))
+    start = checking_options(start, types)
+    public_function = _enter(MeasureSpec(name or author.__name__, function, result, start, options, shows_images))
+    if observer is not None:
+        public_function.observer = checking_options(observer, types)
+    return public_function
 
 
+@keywords_only
 def streaming_measure(
     *,
     result: type[R],
@@ -185,13 +188,11 @@ def streaming_measure(
     return decorate
 
 
-Function = TypeVar("Function", bound=Callable[..., Result])
-
-
+@keywords_only
 def model_measure(
     *, result: type[Result], name: str | None = None, command: str | None = None
-) -> Callable[[Function], Function]:
-    """Enter a measure of the model's weights alone in the registry; its public function is the author's own.
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Enter a measure of the model's weights alone in the registry; its public function is the author's, with checked options.
 
     Args:
         result: Class of the result.
@@ -199,9 +200,10 @@ def model_measure(
         command: Name of the command of a measure in `vit_probe/measures`; the file's name with hyphens if None.
     """
 
-    def decorate(function: Function) -> Function:
-        _enter(MeasureSpec(name or function.__name__, function, result, None, keyword_defaults(function)))
-        return function
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        public = checking_options(function, option_types(function))
+        _enter(MeasureSpec(name or function.__name__, public, result, None, keyword_defaults(function)))
+        return public
 
     return decorate
 
@@ -246,15 +248,6 @@ def _enter(spec: MeasureSpec) -> MeasureFunction[Any]:
     _SPECS[spec.name] = spec
     spec.function.spec = spec  # type: ignore[attr-defined]
     return spec.function  # type: ignore[return-value]
-
-
-def _literals(author: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """The choices of each argument whose type is a `Literal`."""
-    hints = {}
-    for name in keyword_defaults(author):
-        hint = author.__annotations__.get(name)
-        hints[name] = eval(hint, author.__globals__) if isinstance(hint, str) else hint
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _documented(doc: str, shared: Sequence[Option]) -> str:
@@ -344,7 +337,8 @@ def measure(
     """
     if callable(measures) or isinstance(measures, str) or not isinstance(measures, Iterable):
         raise InputError(f"measures must be a list, such as [mean_attention_distance, attention_entropy]; got {measures!r}")
-    check_model(model, images)
+    check_options({"per_image": bool}, {"per_image": per_image})
+    check_model_and_images(model, images)
     chosen = [spec_of(function) for function in measures]
     for spec, options in chosen:
         if per_image and "per_image" in spec.options:

@@ -133,7 +133,8 @@ class LayerStats:
         """Add the values of some images in one layer; layers are numbered in the order in which they first come.
 
         Raises:
-            InputError: If a value is NaN or infinite. Values that an image lacks are masked instead.
+            InputError: If a value is NaN or infinite (values that an image lacks are masked instead), or the values have other
+                names or shapes than those of earlier images.
         """
         for of_images in values.values():
             check_finite(np.ma.filled(of_images, 0), self._display_name)
@@ -141,6 +142,12 @@ class LayerStats:
             self._stats.append({name: RunningStats.empty(*of_images.shape[1:]) for name, of_images in values.items()})
             self._kept.append({name: [] for name in values} if self._keeps else {})
             self.modules.append(module)
+        now = {name: of_images.shape[1:] for name, of_images in values.items()}
+        if now != self.shapes[layer]:
+            raise InputError(
+                f"{self._display_name} in layer {layer} have the shapes {now}, but those of earlier images had "
+                f"{self.shapes[layer]}; return the same values for all images"
+            )
         for name, of_images in values.items():
             self._stats[layer][name].merge(RunningStats.from_samples(of_images))
             if self._keeps:
