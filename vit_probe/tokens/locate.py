@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from vit_probe.attention.arguments import check_model
@@ -18,17 +17,17 @@ from vit_probe.attention.intercept import evaluation_mode
 from vit_probe.attention.wrappers import full_precision, unwrap
 from vit_probe.errors import InputError
 from vit_probe.tokens.class_token import find_class_token
-from vit_probe.tokens.footprint import (
-    CellResponses,
-    agrees_with_grid,
-    distinct_gains,
-    find_places,
-    mixing_gains,
-    show_own_cells,
-)
+from vit_probe.tokens.footprint import CellResponses, distinct_gains, mixing_gains, show_own_cells
 from vit_probe.tokens.grid import TokenGrid, Windows, first_parameter
-from vit_probe.tokens.identity_attention import IdentityAttentionProbe, TokenPositions
+from vit_probe.tokens.identity_attention import IdentityAttentionProbe
 from vit_probe.tokens.patch_embedding import first_convolution, read_patch_size
+from vit_probe.tokens.place_layer import (
+    count_merges,
+    layer_name,
+    not_self_attention_message,
+    order_message,
+    place_layer,
+)
 from vit_probe.tokens.unusable_models import explain_failure
 
 __all__ = ["TokenLayout", "locate_tokens"]
@@ -190,7 +189,7 @@ def _place_tokens(
             f"{type(model).__name__} mixes the windows or heads of different images: it does not order them image by "
             "image, so they cannot be told apart"
         )
-    merges = {layer: _count_merges(probe, layer, grid) if layer in windowed else 0 for layer in probe.blank_codes}
+    merges = {layer: count_merges(probe, layer, grid) if layer in windowed else 0 for layer in probe.blank_codes}
     positions = probe.decode_positions(patch_size, {n: times for n, times in merges.items() if n not in probe.mixing})
     # A stem that mixes patches does so for all layers; and if the first layer's patches do not mix on this grid, those of later
     # layers were mixed between the layers.
@@ -205,7 +204,7 @@ def _place_tokens(
         merges = {layer: times for layer, times in merges.items() if layer not in known}
     windows: dict[int, Windows | None] = {}
     for layer in merges.keys() - probe.mixing:
-        windows[layer] = _place_layer(probe, layer, grid, merges[layer], positions[layer])
+        windows[layer] = place_layer(probe, layer, grid, merges[layer], positions[layer])
     later = range(num_decoded, num_layers) if not is_own else range(0)
     if later and 0 in probe.mixing:
         probe.mixing.update(later)
@@ -215,7 +214,7 @@ def _place_tokens(
         gains, last = mixing_gains(grid.rows, grid.cols), max(probe.mixing)
         responses = CellResponses(probe, grid, gains, last, follow=not is_given and last == num_layers - 1)
         for layer in probe.mixing:
-            windows[layer] = _place_layer(probe, layer, grid, merges.get(layer, 0), responses)
+            windows[layer] = place_layer(probe, layer, grid, merges.get(layer, 0), responses)
     if not is_given:
         grid = _with_class_token(grid, model, probe)
     some = {layer: found for layer, found in sorted(windows.items()) if found is not None}
@@ -236,9 +235,9 @@ def _check_later_layers(probe: IdentityAttentionProbe, grid: TokenGrid, layers: 
         if own is None:
             probe.mixing.add(layer)
         elif not (own[0].all() and probe.responding[layer][0, grid.patch_tokens].all()):
-            raise InputError(_order_message(probe, layer, grid))
+            raise InputError(order_message(probe, layer, grid))
         elif not own[1].all():
-            raise InputError(_not_self_attention_message(probe, layer))
+            raise InputError(not_self_attention_message(probe, layer))
 
 
 def _with_class_token(grid: TokenGrid, model: nn.Module, probe: IdentityAttentionProbe) -> TokenGrid:
@@ -267,7 +266,7 @@ def _check_finite(probe: IdentityAttentionProbe, codes: Mapping[int, Tensor]) ->
     for layer, of_layer in codes.items():
         if not of_layer.isfinite().all():
             raise InputError(
-                f"the queries or keys of {_layer_name(probe, layer)} are not finite: the model's weights hold NaN or infinity, "
+                f"the queries or keys of {layer_name(probe, layer)} are not finite: the model's weights hold NaN or infinity, "
                 "or its numbers overflow; a float16 model can be converted with .float() or .bfloat16()"
             )
 
@@ -312,114 +311,4 @@ def _find_grid(
     raise InputError(
         f"images of {size[0]} x {size[1]} pixels make {rows} x {cols} patches of {patch_size[0]} x {patch_size[1]}, but "
         f"{patches} of the {tokens} tokens of {type(model).__name__} depend on the image; pass grid=TokenGrid(...)"
-    )
-
-
-def _place_layer(
-    probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, merges: int, evidence: TokenPositions | CellResponses
-) -> Windows | None:
-    """Return where the tokens of a layer lie; None if it attends over all tokens, in order.
-
-    Args:
-        probe: The model.
-        layer: Number of the layer.
-        grid: Of the first layer.
-        merges: How often patches were merged before the layer.
-        evidence: `TokenPositions` of a layer whose tokens show one patch each, else `CellResponses`.
-    """
-    windows = None
-    if probe.noise_codes[layer].shape[:2] == (1, grid.num_tokens):
-        _check_order(probe, layer, grid, evidence)
-    else:
-        windows = _windows(probe, layer, grid, merges, evidence)
-    if isinstance(evidence, TokenPositions) and evidence.keys_differ[probe.responding[layer]].any():
-        raise InputError(_not_self_attention_message(probe, layer))
-    return windows
-
-
-def _check_order(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, evidence: TokenPositions | CellResponses) -> None:
-    """Raise InputError unless the prefix tokens come first and then the patches row by row, and then the suffix tokens."""
-    tokens = grid.patch_tokens
-    is_patch = probe.responding[layer][0, tokens]
-    if isinstance(evidence, CellResponses):
-        if not (is_patch.all() and agrees_with_grid(evidence, layer, tokens)):
-            raise InputError(
-                f"{_order_message(probe, layer, grid)}, or what precedes it mixes too many patches to tell; "
-                "if another patch size is right, pass grid=TokenGrid(...)"
-            )
-        return
-    index, mixed = evidence.index[:, 0, tokens], evidence.mixed[0, tokens]
-    if mixed.any():
-        raise InputError(
-            f"{_order_message(probe, layer, grid)}: {int(mixed.sum())} of its tokens show parts of several such patches; if "
-            "another patch size is right, pass grid=TokenGrid(...)"
-        )
-    if not is_patch.all() or not torch.equal(index, _row_by_row(grid)):
-        first_four = zip(*index[:, :4].tolist(), is_patch[:4].tolist(), strict=True)
-        listed = ", ".join(f"({row}, {col})" if patch else "none" for row, col, patch in first_four)
-        raise InputError(_order_message(probe, layer, grid) + f"; after the prefix come the patches {listed}, ...")
-
-
-def _order_message(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid) -> str:
-    name = _layer_name(probe, layer)
-    return f"{name} does not order its tokens as {grid} says, prefix tokens first and then the patches row by row"
-
-
-def _not_self_attention_message(probe: IdentityAttentionProbe, layer: int) -> str:
-    # Cross-attention between sequences of the same length looks like self-attention in everything but this.
-    return (
-        f"{_layer_name(probe, layer)} is not self-attention, though it has as many keys as queries: its keys come from other "
-        "patches than its queries"
-    )
-
-
-def _layer_name(probe: IdentityAttentionProbe, layer: int) -> str:
-    return f"layer {layer} ({probe.layers[layer] or 'the model itself'})"
-
-
-def _row_by_row(grid: TokenGrid) -> Int[Tensor, "2 patch"]:
-    """Return the row and column of each patch."""
-    number = torch.arange(grid.num_patches)
-    return torch.stack([number // grid.cols, number % grid.cols])
-
-
-def _count_merges(probe: IdentityAttentionProbe, layer: int, grid: TokenGrid) -> int:
-    """Return how often patches were merged two by two before a layer, judging by how many patches it has."""
-    patches = int(probe.responding[layer].sum())
-    for merges in range(max(grid.rows, grid.cols).bit_length() + 1):
-        if _merged_grid(grid, merges).num_patches == patches:
-            return merges
-    raise InputError(_not_placed_message(probe, layer))
-
-
-def _merged_grid(grid: TokenGrid, merges: int) -> TokenGrid:
-    factor = 2**merges
-    height, width = grid.patch_size
-    return TokenGrid(math.ceil(grid.rows / factor), math.ceil(grid.cols / factor), (height * factor, width * factor), 0, False)
-
-
-def _windows(
-    probe: IdentityAttentionProbe, layer: int, grid: TokenGrid, merges: int, evidence: TokenPositions | CellResponses
-) -> Windows:
-    """Return where the tokens lie of a layer that attends within windows, or after patches were merged."""
-    merged = _merged_grid(grid, merges)
-    is_patch = probe.responding[layer]
-    if isinstance(evidence, CellResponses):
-        numbers = find_places(evidence, layer, is_patch, merges)
-    else:
-        row, col = evidence.index
-        numbers = (row * merged.cols + col).masked_fill(~is_patch, -1)
-        if evidence.mixed[is_patch].any() or sorted(numbers[is_patch].tolist()) != list(range(merged.num_patches)):
-            numbers = None
-    if numbers is None:
-        raise InputError(_not_placed_message(probe, layer))
-    return Windows(merged, numbers, probe.masked_pairs.get(layer))
-
-
-def _not_placed_message(probe: IdentityAttentionProbe, layer: int) -> str:
-    windows, tokens = probe.noise_codes[layer].shape[:2]
-    groups = f"{windows} windows of {tokens} tokens" if windows > 1 else f"{tokens} tokens"
-    return (
-        f"{_layer_name(probe, layer)} attends over {groups} whose positions on the image cannot be determined: something other "
-        "than attention mixes neighbouring patches before it"
     )
