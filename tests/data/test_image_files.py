@@ -16,16 +16,6 @@ from vit_probe import InputError
 from vit_probe.data.image_files import check_image, decode_image, find_images, open_file, printable, read_image
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four photographs, one of them in a subfolder, and a text file."""
-    (tmp_path / "below").mkdir()
-    for index, name in enumerate(("b.png", "a.JPG", "c.jpeg", "below/d.png")):
-        noise(40, 50, index).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    return tmp_path
-
-
 class TestReadImage:
     def test_exif_orientation_is_applied(self, tmp_path: Path) -> None:
         image = noise(20, 30)

@@ -21,16 +21,6 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four photographs, one of them in a subfolder, and a text file."""
-    (tmp_path / "below").mkdir()
-    for index, name in enumerate(("b.png", "a.JPG", "c.jpeg", "below/d.png")):
-        noise(40, 50, index).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    return tmp_path
-
-
 class TestPreprocessing:
     @pytest.mark.parametrize(("height", "width", "resized"), [(64, 96, (32, 48)), (96, 64, (48, 32)), (32, 32, (32, 32))])
     def test_shorter_side_then_centre_crop(self, height: int, width: int, resized: tuple[int, int]) -> None:

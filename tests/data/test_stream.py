@@ -405,7 +405,7 @@ class TestShards:
 
 
 class TestValues:
-    """Tensors that cannot be images are told apart, with what arrived."""
+    """Tensors that cannot be images raise errors that say what arrived."""
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

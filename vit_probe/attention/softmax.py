@@ -83,7 +83,7 @@ class SoftmaxTracker:
         elif self._results and name in _UNCHANGED and isinstance(result, Tensor):
             softmax = self._softmax(args[0] if args else None)
             if softmax is not None and result.shape[-2:] == softmax.scores.shape[-2:]:
-                dropped = softmax.is_dropped or (name == "dropout" and result is not args[0] and bool((result == 0).any()))
+                dropped = softmax.is_dropped or (name == "dropout" and _drops(args, kwargs))
                 self._results[result] = _Softmax(softmax.scores, softmax.modules, _version(result), dropped)
 
     def product(self, func: Any, args: Sequence[Any]) -> SoftmaxProduct | None:
@@ -127,6 +127,13 @@ class SoftmaxTracker:
         """Return where a tensor comes from if it holds the result of a softmax still."""
         softmax: _Softmax | None = self._results.get(tensor) if isinstance(tensor, Tensor) else None
         return softmax if softmax is not None and softmax.version == _version(tensor) else None
+
+
+def _drops(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call of `dropout` sets anything to 0; arguments as in `torch.nn.functional` and `torch`."""
+    share = kwargs["p"] if "p" in kwargs else args[1] if len(args) > 1 else 0.5
+    flags = [kwargs[name] for name in ("training", "train") if name in kwargs] or list(args[2:3])
+    return share > 0 and all(flags)
 
 
 def _holds_softmax(weights: Tensor, scores: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from vit_probe.attention.arguments import check_model
 from vit_probe.data.preprocessing import Preprocessing
 from vit_probe.errors import InputError
-from vit_probe.tokens.grid import TokenGrid
+from vit_probe.tokens.grid import check_grid
 
 __all__ = ["check_model_and_images", "check_run_options", "select_device"]
 
@@ -24,8 +24,7 @@ def check_model_and_images(model: object, images: object) -> None:
 
 def check_run_options(grid: object, preprocessing: object, batch_size: object) -> None:
     """Raise InputError unless each option is of its type."""
-    if grid is not None and not isinstance(grid, TokenGrid):
-        raise InputError(f"grid must be a TokenGrid, such as TokenGrid(14, 14, (16, 16), 1, True), or None; got {grid!r}")
+    check_grid(grid)
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
         raise InputError(
             f"preprocessing must be a Preprocessing, such as Preprocessing.imagenet((224, 224)), or None; got {preprocessing!r}"

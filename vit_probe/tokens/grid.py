@@ -19,6 +19,7 @@ __all__ = [
     "OffsetTable",
     "TokenGrid",
     "Windows",
+    "check_grid",
     "first_parameter",
     "first_tensor",
 ]
@@ -133,6 +134,12 @@ class TokenGrid:
     def uniform_distance(self) -> float:
         """Mean attention distance, in pixels, of a head that attends equally to all patches."""
         return OffsetTable(self, torch.hypot).uniform()
+
+
+def check_grid(grid: object) -> None:
+    """Raise InputError unless `grid` is a `TokenGrid` or None."""
+    if grid is not None and not isinstance(grid, TokenGrid):
+        raise InputError(f"grid must be a TokenGrid, such as TokenGrid(14, 14, (16, 16), 1, True), or None; got {grid!r:.80}")
 
 
 class OffsetTable:

@@ -18,7 +18,7 @@ from vit_probe.attention.wrappers import full_precision, unwrap
 from vit_probe.errors import InputError
 from vit_probe.tokens.class_token import find_class_token
 from vit_probe.tokens.footprint import CellResponses, distinct_gains, mixing_gains, show_own_cells
-from vit_probe.tokens.grid import TokenGrid, Windows, first_parameter
+from vit_probe.tokens.grid import TokenGrid, Windows, check_grid, first_parameter
 from vit_probe.tokens.identity_attention import IdentityAttentionProbe
 from vit_probe.tokens.patch_embedding import first_convolution, read_patch_size
 from vit_probe.tokens.place_layer import (
@@ -166,8 +166,7 @@ def _check_arguments(height: object, width: object, grid: object, channels: obje
     for name, value in {"height": height, "width": width, "channels": 3 if channels is None else channels}.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} must be a positive whole number, got {value!r:.80}")
-    if grid is not None and not isinstance(grid, TokenGrid):
-        raise InputError(f"grid must be a TokenGrid, such as TokenGrid(14, 14, (16, 16), 1, True), or None; got {grid!r:.80}")
+    check_grid(grid)
 
 
 def _place_tokens(

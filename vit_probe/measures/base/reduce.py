@@ -53,6 +53,7 @@ class PatchAttention:
         to_prefix: (image, head, query, prefix), the weights on prefix tokens; in a window the sum over its padding. What is
             missing to a sum of 1 with the patches goes to suffix tokens, of which few models have any.
         to_self: (image, head, query), the weight of each query on itself.
+        patch_mass: (image, head, query), the weight of each query on all patches.
         renormalized: `to_patches`, rescaled to sum to 1 for each query; 0 for queries without `has_patch_mass`.
         has_patch_mass: (image, head, query), which queries give patches so much weight that rounding to 0 does not distort it.
         dx, dy: (query, patch), offsets in pixels from each query to each patch, as `to_patches` has them; dx grows to the
@@ -78,13 +79,16 @@ class PatchAttention:
         return (self.weights * ~self._is_patch).sum(dim=-1, keepdim=True)
 
     @cached_property
+    def patch_mass(self) -> Float[Tensor, "image head query"]:
+        return self.to_patches.sum(dim=-1)
+
+    @cached_property
     def has_patch_mass(self) -> Bool[Tensor, "image head query"]:
-        return has_mass(self.to_patches.sum(dim=-1))
+        return has_mass(self.patch_mass)
 
     @cached_property
     def renormalized(self) -> Float[Tensor, "image head query patch"]:
-        mass = self.to_patches.sum(dim=-1, keepdim=True)
-        return torch.where(has_mass(mass), self.to_patches / mass, 0)
+        return torch.where(self.has_patch_mass[..., None], self.to_patches / self.patch_mass[..., None], 0)
 
     @property
     def to_self(self) -> Float[Tensor, "image head query"]:
@@ -352,8 +356,7 @@ class OffsetMeans:
 
     def per_query(self, attention: PatchAttention, *, disposable: bool) -> QueryValues:
         weights = attention.to_patches
-        mass = weights.sum(dim=-1)
-        has_patch_mass = has_mass(mass)
+        mass, has_patch_mass = attention.patch_mass, attention.has_patch_mass
         # Fresh memory for a product as large as a tile costs more than the product; a tile that nobody reads any more has some.
         products = weights if disposable else self._products.take(weights.shape, weights.dtype, weights.device)
         expectation = torch.mul(weights, attention._offsets(self._function, self._in_patches), out=products).sum(dim=-1)
